@@ -1,0 +1,1 @@
+"""Asynchronous federated learning over MQTT for fleets of small devices."""

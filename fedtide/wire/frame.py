@@ -1,0 +1,92 @@
+"""Frames: one version byte, then a msgpack map. Sizes are checked before anything is parsed.
+
+Messages are frozen structs. Unknown fields pass, so that an old coordinator survives a newer device; an
+unknown version is refused with a reason. Correctness never depends on MQTT 5 properties, only on these bytes.
+"""
+
+from typing import Any, Final, TypeVar
+
+import msgpack
+import msgspec
+
+from fedtide.wire.errors import FrameTooLarge, MalformedFrame, UnsupportedVersion
+
+PROTOCOL_VERSION: Final = 1
+MAX_MESSAGE_BYTES: Final = 64 * 1024
+"""Control messages are a few hundred bytes; a signed head with many deltas is a few KB."""
+
+M = TypeVar("M", bound="Message")
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True):
+    """Base of everything that travels: an immutable record with named, typed fields."""
+
+
+def pack(message: Message) -> bytes:
+    """Encode a message as a msgpack map, fields in declaration order: always the same bytes."""
+    packed: bytes = msgpack.packb(msgspec.to_builtins(message, builtin_types=(bytes,)), use_bin_type=True)
+    return packed
+
+
+def unpack(packed: bytes | memoryview, kind: type[M]) -> M:
+    """Decode what :func:`pack` made.
+
+    Raises:
+        MalformedFrame: not msgpack, trailing bytes, or not the fields of ``kind``; the text names the field.
+    """
+    return from_builtins(unpack_builtins(packed), kind)
+
+
+def unpack_builtins(packed: bytes | memoryview) -> Any:
+    """Decode msgpack into plain Python values, every length bounded by the input's own.
+
+    Raises:
+        MalformedFrame: not msgpack, an extension type, or trailing bytes.
+    """
+    try:
+        return msgpack.unpackb(packed, raw=False, strict_map_key=True, max_ext_len=0)
+    except (ValueError, TypeError, RecursionError) as error:  # msgpack's own exceptions are ValueErrors
+        raise MalformedFrame(f"not a msgpack frame: {error}") from error
+
+
+def from_builtins(value: Any, kind: type[M]) -> M:
+    """Check plain values against the fields of ``kind``.
+
+    Raises:
+        MalformedFrame: a missing field or a wrong type; the text names it.
+    """
+    try:
+        return msgspec.convert(value, kind, strict=True)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise MalformedFrame(f"not a {kind.__name__}: {error}") from error
+
+
+def to_frame(message: Message) -> bytes:
+    """Put the version byte before the packed message."""
+    return bytes((PROTOCOL_VERSION,)) + pack(message)
+
+
+def strip_version(frame: bytes, max_bytes: int) -> memoryview:
+    """Check a frame's size and version byte and return what follows, without copying.
+
+    Raises:
+        FrameTooLarge: more than ``max_bytes``.
+        MalformedFrame: empty.
+        UnsupportedVersion: the version byte is not ours.
+    """
+    if len(frame) > max_bytes:
+        raise FrameTooLarge(len(frame), max_bytes)
+    if not frame:
+        raise MalformedFrame("an empty frame")
+    if frame[0] != PROTOCOL_VERSION:
+        raise UnsupportedVersion(frame[0], (PROTOCOL_VERSION,))
+    return memoryview(frame)[1:]
+
+
+def from_frame(frame: bytes, kind: type[M], max_bytes: int = MAX_MESSAGE_BYTES) -> M:
+    """Decode a whole frame.
+
+    Raises:
+        WireError: any of the ways in which the bytes are not a frame of ``kind``.
+    """
+    return unpack(strip_version(frame, max_bytes), kind)

@@ -1,0 +1,238 @@
+"""Every message but the update envelope: what it says, who sends it, on which topic.
+
+topic        message                                        sealed by
+coord        CoordinatorState                               coordinator
+model/head   Head                                           coordinator
+dn/{device}  Receipt, MissingChunks, Resync (a tagged map)  coordinator
+up/{s}/{d}   UpdateChunk of a signed envelope               device (the envelope)
+st/{device}  Presence                                       -
+ev/{device}  TrainingEvent                                  -
+"""
+
+from enum import StrEnum
+
+from fedtide.wire.frame import Message
+from fedtide.wire.ids import BlobId, Counter, DeviceId, Epoch, FleetId, ModelVersion, PlanId
+
+
+class BlobRef(Message, frozen=True, kw_only=True):
+    """Where a content-addressed blob is: ``chunks`` retained messages below its id.
+
+    Attributes:
+        id: the blob's topic level.
+        size_bytes: of the whole content.
+        sha256: of the whole content, checked before it is used.
+        chunk_bytes: of every chunk but the last.
+        chunks: how many.
+    """
+
+    id: BlobId
+    size_bytes: int
+    sha256: bytes
+    chunk_bytes: int
+    chunks: int
+
+
+class ModelDelta(Message, frozen=True, kw_only=True):
+    """A blob that takes a device from ``from_version`` to the head's version."""
+
+    from_version: ModelVersion
+    blob: BlobRef
+
+
+class CodecRequest(Message, frozen=True, kw_only=True):
+    """The codec devices shall use for updates, with its parameters by name."""
+
+    id: str
+    parameters: dict[str, float] = {}
+
+
+class Head(Message, frozen=True, kw_only=True):
+    """The signed manifest of the published model version: everything a device needs to fetch and verify it.
+
+    Attributes:
+        fleet: which fleet.
+        epoch: the coordinator's; devices ignore a lower one.
+        version: of the model; devices never go back to a lower one.
+        parent_sha256: fingerprint of the previously published version, 32 zero bytes for the first.
+        plan: id of the training plan.
+        parameters_sha256: fingerprint of the parameters (``parameters.fingerprint``).
+        plan_blob: the signed plan.
+        full_blob: all parameters, float32 little-endian.
+        deltas: from recent versions; empty where the full blob is as small.
+        update_codec: what updates shall be encoded with.
+        training: whether devices shall train; False when the run has stopped.
+        released_version: the newest version that passed the evaluation gate, or None.
+        issued: seconds since 1970, advisory.
+        expires: after this a device with a working clock reports a stale head.
+    """
+
+    fleet: FleetId
+    epoch: Epoch
+    version: ModelVersion
+    parent_sha256: bytes
+    plan: PlanId
+    parameters_sha256: bytes
+    plan_blob: BlobRef
+    full_blob: BlobRef
+    deltas: tuple[ModelDelta, ...] = ()
+    update_codec: CodecRequest
+    training: bool
+    released_version: ModelVersion | None = None
+    issued: float
+    expires: float
+
+
+class CoordinatorState(Message, frozen=True, kw_only=True):
+    """Whether the coordinator is there, and what it speaks. Its will says offline.
+
+    Attributes:
+        fleet: which fleet.
+        epoch: which run of the coordinator.
+        online: False in the will and at a clean stop.
+        protocol_min: oldest protocol version accepted.
+        protocol_max: newest protocol version accepted.
+        shards: number of ingest shards S.
+    """
+
+    fleet: FleetId
+    epoch: Epoch
+    online: bool
+    protocol_min: int
+    protocol_max: int
+    shards: int = 1
+
+
+class UpdateChunk(Message, frozen=True, kw_only=True):
+    """Chunk ``index`` of ``count`` of one signed update envelope.
+
+    Attributes:
+        counter: the update's, so that chunks of two updates are never mixed.
+        digest: the envelope's identity (``envelope.update_digest``).
+        size_bytes: of the whole envelope.
+        index: from 0.
+        count: number of chunks.
+        content: this chunk's bytes.
+    """
+
+    counter: Counter
+    digest: bytes
+    size_bytes: int
+    index: int
+    count: int
+    content: bytes
+
+
+class Verdict(StrEnum):
+    """What became of an update."""
+
+    APPLIED = "applied"
+    DUPLICATE = "duplicate"
+    """It had been applied before; nothing was added twice."""
+    REJECTED = "rejected"
+
+
+class Reason(StrEnum):
+    """Why an update was rejected. The device is told, and metrics count by it."""
+
+    MALFORMED = "malformed"
+    TOO_LARGE = "too-large"
+    UNSUPPORTED_VERSION = "unsupported-version"
+    WRONG_FLEET = "wrong-fleet"
+    UNKNOWN_DEVICE = "unknown-device"
+    WRONG_DEVICE = "wrong-device"
+    BAD_SIGNATURE = "bad-signature"
+    REPLAYED_COUNTER = "replayed-counter"
+    UNKNOWN_PLAN = "unknown-plan"
+    FUTURE_VERSION = "future-version"
+    UNKNOWN_BASE = "unknown-base"
+    TOO_STALE = "too-stale"
+    UNKNOWN_CODEC = "unknown-codec"
+    UNSUPPORTED_FIELD = "unsupported-field"
+    WRONG_SHAPE = "wrong-shape"
+    NOT_FINITE = "not-finite"
+    STOPPED = "stopped"
+
+
+class Receipt(Message, frozen=True, kw_only=True, tag_field="kind", tag="receipt"):
+    """The coordinator's durable answer to one update. Only this empties a device's outbox.
+
+    Attributes:
+        device: whose update.
+        counter: which update.
+        digest: which bytes (``envelope.update_digest``): a forgery cannot earn a receipt for the real one.
+        verdict: what became of it.
+        reason: why it was rejected.
+        detail: one sentence for people.
+        version: the coordinator's current model version.
+        retry_after_s: seconds the device shall wait before its next update.
+    """
+
+    device: DeviceId
+    counter: Counter
+    digest: bytes
+    verdict: Verdict
+    reason: Reason | None = None
+    detail: str = ""
+    version: ModelVersion
+    retry_after_s: float = 0.0
+
+
+class MissingChunks(Message, frozen=True, kw_only=True, tag_field="kind", tag="missing"):
+    """Chunks of an update that have not arrived; the device sends these again."""
+
+    device: DeviceId
+    counter: Counter
+    digest: bytes
+    indexes: tuple[int, ...]
+
+
+class Resync(Message, frozen=True, kw_only=True, tag_field="kind", tag="resync"):
+    """The coordinator asks a device to announce itself and to send its outbox again."""
+
+    device: DeviceId
+
+
+DownMessage = Receipt | MissingChunks | Resync
+
+
+class Presence(Message, frozen=True, kw_only=True):
+    """Whether a device is there. Its will says offline.
+
+    Attributes:
+        online: False in the will and at a clean stop.
+        boot: changes with every start of the agent, so that a late will of an old session is recognised.
+        agent_version: of the fedtide package.
+        protocol: newest protocol version spoken.
+        codecs: ids of the codecs it can encode.
+        model_version: what it holds, None before its first model.
+        sent: seconds since 1970 when this was made, advisory.
+    """
+
+    online: bool
+    boot: str
+    agent_version: str = ""
+    protocol: int = 1
+    codecs: tuple[str, ...] = ()
+    model_version: ModelVersion | None = None
+    sent: float = 0.0
+
+
+class TrainingEvent(Message, frozen=True, kw_only=True):
+    """What one local training run saw. At most once: metrics may be lost.
+
+    Attributes:
+        version: the base version trained on.
+        num_examples: used.
+        steps: optimizer steps done.
+        seconds: wall time of the training.
+        loss: mean over the last local epoch.
+        metric: the plan's metric, mean over the last local epoch.
+    """
+
+    version: ModelVersion
+    num_examples: int
+    steps: int
+    seconds: float
+    loss: float
+    metric: float | None = None

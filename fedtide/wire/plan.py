@@ -1,0 +1,179 @@
+"""Training plans as they travel: a manifest and two ONNX graphs, signed by the coordinator.
+
+The manifest says everything a device needs to run the graphs and to refuse them; see ``edge_agent.plan_guard``.
+"""
+
+import hashlib
+import zlib
+from dataclasses import dataclass
+from typing import Final
+
+import msgpack
+
+from fedtide.wire import frame
+from fedtide.wire.errors import BlobMismatch, FrameTooLarge, MalformedFrame
+from fedtide.wire.frame import Message
+from fedtide.wire.ids import PlanId, plan_id
+from fedtide.wire.parameters import Schema, TensorSpec
+from fedtide.wire.signatures import PLAN_DOMAIN, PublicKey, SigningKey
+
+MAX_PLAN_BYTES: Final = 1 << 20
+"""A plan is 1 to 10 KB compressed, recurrent ones up to 64 KB; a megabyte leaves room and bounds a device's memory."""
+MAX_GRAPH_BYTES: Final = 8 << 20
+"""An inflated graph; the largest seen is 60 KB."""
+
+
+PLAN_OPERATORS: Final = frozenset("MatMul".split())
+"""The ONNX operators a plan may use."""
+
+
+class Training(Message, frozen=True, kw_only=True):
+    """How a device trains on one model version; the owner of the device may override each value."""
+
+    local_epochs: int = 1
+    batch_size: int = 32
+    learning_rate: float = 0.1
+    max_steps: int | None = None
+    """At most this many optimizer steps per update; None: no limit beyond the epochs."""
+
+
+class Limits(Message, frozen=True, kw_only=True):
+    """What one plan may take on a device."""
+
+    step_deadline_s: float = 30.0
+    """Wall seconds one step may take before it is stopped and reported."""
+
+
+class Verified(Message, frozen=True, kw_only=True):
+    """Evidence from build time: the teacher-forced gradient test against float64 torch.
+
+    Errors are the largest absolute difference of any gradient divided by the largest absolute gradient.
+    """
+
+    steps: int
+    median_gradient_error: float
+    max_gradient_error: float
+    torch_float32_max_error: float
+
+
+class PlanManifest(Message, frozen=True, kw_only=True):
+    """What a training plan is.
+
+    Attributes:
+        format: version of this manifest.
+        name: for people.
+        opset: the ONNX operator set both graphs use.
+        producer: what built it, for example ``torch 2.13.0``.
+        min_onnxruntime: the oldest onnxruntime version it was built for.
+        schema: the aggregated tensors, ``p.<name>`` parameters then averaged ``b.<name>`` buffers; all float32.
+        local_state: further tensors of the train graph that stay on the device and start at zero each time:
+            optimizer state ``o.<name>``.
+        local_buffers: non-aggregated buffers ``b.<name>`` (counters), starting at the listed zeros.
+        inputs: model inputs ``x0`` …, the first axis None for the batch.
+        targets: the ``y`` input, or None when the loss takes the input itself.
+        learning_rate_input: name of the train graph's scalar float32 learning-rate input.
+        min_batch: smallest batch the train graph accepts (2 with batch normalisation).
+        train_outputs: names in order; ``name'`` replaces the state tensor ``name``; then ``loss`` and, if any, ``metric``.
+        evaluation_state: names that the evaluation graph takes as external initializers.
+        metric: name of the metric, or None. It is a mean over the batch's examples.
+        optimizer: name of the torch optimizer the graph contains.
+        operators: the ONNX operators used by both graphs.
+        training: how devices train.
+        limits: what it may take.
+        verified: the evidence it was accepted on.
+        train_sha256: of the train graph's bytes.
+        evaluation_sha256: of the evaluation graph's bytes.
+    """
+
+    format: int
+    name: str
+    opset: int
+    producer: str
+    min_onnxruntime: str
+    schema: Schema
+    local_state: tuple[TensorSpec, ...]
+    local_buffers: tuple[TensorSpec, ...]
+    inputs: tuple[TensorSpec, ...]
+    targets: TensorSpec | None
+    learning_rate_input: str
+    min_batch: int
+    train_outputs: tuple[str, ...]
+    evaluation_state: tuple[str, ...]
+    metric: str | None
+    optimizer: str
+    operators: tuple[str, ...]
+    training: Training
+    limits: Limits
+    verified: Verified
+    train_sha256: bytes
+    evaluation_sha256: bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A manifest with its two graphs.
+
+    ``train``: one optimizer step. Inputs: the state tensors, ``x0`` …, ``y``, the learning rate; outputs as the manifest lists.
+    ``evaluation``: inputs ``x0`` …, ``y`` (zeros will do for inference); outputs ``out``, ``loss`` and, if any, ``metric``;
+    the current parameters are injected as initializers.
+    """
+
+    manifest: PlanManifest
+    train: bytes
+    evaluation: bytes
+
+    @property
+    def id(self) -> PlanId:
+        """Names the plan by its manifest, which holds the hashes of both graphs."""
+        return plan_id(hashlib.sha256(frame.pack(self.manifest)).digest())
+
+
+def seal_plan(plan: Plan, key: SigningKey) -> bytes:
+    """The signed plan as one blob: version byte, then [manifest, signature, train graph, evaluation graph]."""
+    manifest = frame.pack(plan.manifest)
+    parts = [
+        manifest,
+        key.sign(PLAN_DOMAIN, manifest),
+        zlib.compress(plan.train, 9),
+        zlib.compress(plan.evaluation, 9),
+    ]
+    return bytes((frame.PROTOCOL_VERSION,)) + bytes(msgpack.packb(parts, use_bin_type=True))
+
+
+def open_plan(blob: bytes, key: PublicKey, max_bytes: int = MAX_PLAN_BYTES) -> Plan:
+    """Check a plan blob's bounds, signature and hashes.
+
+    Raises:
+        WireError: too large, malformed, not signed by ``key``, or a graph that is not the one signed for.
+    """
+    parts = frame.unpack_builtins(frame.strip_version(blob, max_bytes))
+    if not isinstance(parts, list) or len(parts) != 4 or not all(isinstance(part, bytes) for part in parts):
+        raise MalformedFrame(
+            "a plan is four byte strings: manifest, signature, train graph, evaluation graph"
+        )
+    packed, signature, train, evaluation = parts
+    key.verify(PLAN_DOMAIN, packed, signature)
+    manifest = frame.unpack(packed, PlanManifest)
+    return Plan(
+        manifest,
+        inflate_graph(train, manifest.train_sha256, "train"),
+        inflate_graph(evaluation, manifest.evaluation_sha256, "evaluation"),
+    )
+
+
+def inflate_graph(compressed: bytes, sha256: bytes, name: str) -> bytes:
+    """Inflate one graph of a plan within :data:`MAX_GRAPH_BYTES` and check its hash; ``name`` is for the error.
+
+    Raises:
+        WireError: it does not inflate, is too large, or is not the graph of that hash.
+    """
+    inflate = zlib.decompressobj()
+    try:
+        graph = inflate.decompress(compressed, MAX_GRAPH_BYTES + 1)
+    except zlib.error as error:
+        raise MalformedFrame(f"the {name} graph does not inflate: {error}") from error
+    if len(graph) > MAX_GRAPH_BYTES:
+        raise FrameTooLarge(len(graph), MAX_GRAPH_BYTES)
+    if not inflate.eof or inflate.unused_data or hashlib.sha256(graph).digest() != sha256:
+        raise BlobMismatch(f"the {name} graph is not the one its manifest was signed for")
+    return graph

@@ -1,0 +1,59 @@
+"""Sealed messages: a frame that holds a packed message and a signature over it, bound to a domain."""
+
+from typing import Any, TypeVar, get_args
+
+import msgpack
+import msgspec
+
+from fedtide.wire import frame
+from fedtide.wire.errors import MalformedFrame
+from fedtide.wire.frame import MAX_MESSAGE_BYTES, Message
+from fedtide.wire.signatures import SIGNATURE_BYTES, PublicKey, SigningKey
+
+M = TypeVar("M", bound=Message)
+
+
+def seal(message: Message, key: SigningKey, domain: bytes) -> bytes:
+    """Version byte, then [packed message, signature]."""
+    packed = frame.pack(message)
+    parts = [packed, key.sign(domain, packed)]
+    return bytes((frame.PROTOCOL_VERSION,)) + bytes(msgpack.packb(parts, use_bin_type=True))
+
+
+def unseal(sealed: bytes, kind: type[M], key: PublicKey, domain: bytes) -> M:
+    """Check the signature, then decode.
+
+    Raises:
+        WireError: too large, malformed, another version, or not signed by ``key`` for ``domain``.
+    """
+    return frame.unpack(verified(sealed, key, domain), kind)
+
+
+def unseal_any(sealed: bytes, kinds: Any, key: PublicKey, domain: bytes) -> Message:
+    """The same for a union of tagged messages.
+
+    Raises:
+        WireError: as :func:`unseal`; an unknown tag is a ``MalformedFrame`` that names the known ones.
+    """
+    value = frame.unpack_builtins(verified(sealed, key, domain))
+    try:
+        message: Message = msgspec.convert(value, kinds, strict=True)
+    except msgspec.ValidationError as error:
+        names = ", ".join(kind.__name__ for kind in get_args(kinds))
+        raise MalformedFrame(f"none of {names}: {error}") from error
+    return message
+
+
+def verified(sealed: bytes, key: PublicKey, domain: bytes) -> bytes:
+    """The packed message inside, once its signature is checked.
+
+    Raises:
+        WireError: as :func:`unseal`.
+    """
+    parts = frame.unpack_builtins(frame.strip_version(sealed, MAX_MESSAGE_BYTES))
+    match parts:
+        case [bytes(packed), bytes(signature)] if len(signature) == SIGNATURE_BYTES:
+            key.verify(domain, packed, signature)
+            return packed
+        case _:
+            raise MalformedFrame("a sealed message is two byte strings: the message and its signature")

@@ -206,11 +206,13 @@ class Presence(Message, frozen=True, kw_only=True):
         protocol: newest protocol version spoken.
         codecs: ids of the codecs it can encode.
         model_version: what it holds, None before its first model.
+        public_key: of the device, so that an operator can accept it; empty in the will.
         sent: seconds since 1970 when this was made, advisory.
     """
 
     online: bool
     boot: str
+    public_key: bytes = b""
     agent_version: str = ""
     protocol: int = 1
     codecs: tuple[str, ...] = ()

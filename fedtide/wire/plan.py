@@ -1,6 +1,6 @@
 """Training plans as they travel: a manifest and two ONNX graphs, signed by the coordinator.
 
-The manifest says everything a device needs to run the graphs and to refuse them; see ``edge_agent.plan_guard``.
+The manifest says all that a device needs to run the graphs and to refuse them; see ``edge_agent.plan_guard``.
 """
 
 import hashlib
@@ -18,13 +18,26 @@ from fedtide.wire.parameters import Schema, TensorSpec
 from fedtide.wire.signatures import PLAN_DOMAIN, PublicKey, SigningKey
 
 MAX_PLAN_BYTES: Final = 1 << 20
-"""A plan is 1 to 10 KB compressed, recurrent ones up to 64 KB; a megabyte leaves room and bounds a device's memory."""
+"""A plan is 1 to 10 KB compressed, recurrent ones up to 64 KB; a megabyte leaves room and bounds memory."""
 MAX_GRAPH_BYTES: Final = 8 << 20
 """An inflated graph; the largest seen is 60 KB."""
 
 
-PLAN_OPERATORS: Final = frozenset("MatMul".split())
-"""The ONNX operators a plan may use."""
+PLAN_OPERATORS: Final = frozenset(
+    """
+    Abs Add And ArgMax ArgMin AveragePool BatchNormalization Cast CastLike Ceil Clip Concat Constant
+    ConstantOfShape Conv ConvTranspose Cos CumSum Div Elu Equal Erf Exp Expand Flatten Floor Gather
+    GatherElements GatherND Gelu Gemm GlobalAveragePool Greater GreaterOrEqual HardSigmoid HardSwish
+    Identity InstanceNormalization IsInf IsNaN LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax
+    MatMul Max MaxPool Mean Min Mish Mod Mul Neg Not OneHot Or PRelu Pad Pow RandomUniformLike Range
+    Reciprocal ReduceL1 ReduceL2 ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum
+    ReduceSumSquare Relu Reshape Resize Round ScatterElements ScatterND Selu Shape Sigmoid Sign Sin Size
+    Slice Softmax SoftmaxCrossEntropyLoss Softplus Softsign Split Sqrt Squeeze Sub Sum Tan Tanh Tile
+    Transpose Trilu Unsqueeze Where Xor
+    """.split()  # noqa: SIM905  (one word per operator reads better than eighty quoted lines)
+)
+"""The ONNX operators a plan may use: arithmetic on tensors. No control flow (a small graph could then run for
+ever), no functions, no other domain. One added here may be used once the devices are updated."""
 
 
 class Training(Message, frozen=True, kw_only=True):
@@ -65,7 +78,7 @@ class PlanManifest(Message, frozen=True, kw_only=True):
         opset: the ONNX operator set both graphs use.
         producer: what built it, for example ``torch 2.13.0``.
         min_onnxruntime: the oldest onnxruntime version it was built for.
-        schema: the aggregated tensors, ``p.<name>`` parameters then averaged ``b.<name>`` buffers; all float32.
+        schema: the aggregated tensors, ``p.<name>`` parameters, then averaged ``b.<name>`` buffers; float32.
         local_state: further tensors of the train graph that stay on the device and start at zero each time:
             optimizer state ``o.<name>``.
         local_buffers: non-aggregated buffers ``b.<name>`` (counters), starting at the listed zeros.
@@ -73,7 +86,8 @@ class PlanManifest(Message, frozen=True, kw_only=True):
         targets: the ``y`` input, or None when the loss takes the input itself.
         learning_rate_input: name of the train graph's scalar float32 learning-rate input.
         min_batch: smallest batch the train graph accepts (2 with batch normalisation).
-        train_outputs: names in order; ``name'`` replaces the state tensor ``name``; then ``loss`` and, if any, ``metric``.
+        train_outputs: names in order; ``name'`` replaces the state tensor ``name``; then ``loss`` and, if any,
+            ``metric``.
         evaluation_state: names that the evaluation graph takes as external initializers.
         metric: name of the metric, or None. It is a mean over the batch's examples.
         optimizer: name of the torch optimizer the graph contains.
@@ -113,9 +127,9 @@ class PlanManifest(Message, frozen=True, kw_only=True):
 class Plan:
     """A manifest with its two graphs.
 
-    ``train``: one optimizer step. Inputs: the state tensors, ``x0`` …, ``y``, the learning rate; outputs as the manifest lists.
-    ``evaluation``: inputs ``x0`` …, ``y`` (zeros will do for inference); outputs ``out``, ``loss`` and, if any, ``metric``;
-    the current parameters are injected as initializers.
+    ``train``: one optimizer step. Inputs: the state tensors, ``x0`` …, ``y``, the learning rate; outputs as the
+    manifest lists. ``evaluation``: inputs ``x0`` …, ``y`` (zeros will do for inference); outputs ``out``,
+    ``loss`` and, if any, ``metric``; the current parameters are injected as initializers.
     """
 
     manifest: PlanManifest
@@ -129,7 +143,7 @@ class Plan:
 
 
 def seal_plan(plan: Plan, key: SigningKey) -> bytes:
-    """The signed plan as one blob: version byte, then [manifest, signature, train graph, evaluation graph]."""
+    """The signed plan as a blob: version byte, then [manifest, signature, train graph, evaluation graph]."""
     manifest = frame.pack(plan.manifest)
     parts = [
         manifest,
@@ -162,7 +176,7 @@ def open_plan(blob: bytes, key: PublicKey, max_bytes: int = MAX_PLAN_BYTES) -> P
 
 
 def inflate_graph(compressed: bytes, sha256: bytes, name: str) -> bytes:
-    """Inflate one graph of a plan within :data:`MAX_GRAPH_BYTES` and check its hash; ``name`` is for the error.
+    """Inflate a graph of a plan within :data:`MAX_GRAPH_BYTES` and check its hash; ``name`` is for the error.
 
     Raises:
         WireError: it does not inflate, is too large, or is not the graph of that hash.

@@ -1,0 +1,1 @@
+"""The coordinator: admits updates, aggregates them and publishes model versions."""

@@ -1,0 +1,128 @@
+"""Intake: from one MQTT payload to a verified update, everything bounded before it is parsed. No I/O.
+
+In order: the chunk's size, the sender's place in the roster, the envelope's size, assembly, the envelope's
+structure, the payload's hash, the sender's name, the signature. What fails is refused with its reason.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from coordinator.admission import Rejection
+from fedtide.wire import frame
+from fedtide.wire.chunks import MAX_CHUNK_BYTES, Assembler
+from fedtide.wire.codecs import CODECS
+from fedtide.wire.envelope import Envelope, max_envelope_bytes, open_update, update_digest
+from fedtide.wire.errors import (
+    BadSignature,
+    BlobMismatch,
+    FrameTooLarge,
+    MalformedId,
+    PayloadDamaged,
+    UnsupportedVersion,
+    WireError,
+)
+from fedtide.wire.ids import Counter, DeviceId, device_id
+from fedtide.wire.messages import Reason, UpdateChunk
+from fedtide.wire.parameters import Schema
+from fedtide.wire.signatures import PublicKey
+
+MAX_CHUNK_FRAME_BYTES: Final = MAX_CHUNK_BYTES + 1024
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """A whole update whose signature is its device's."""
+
+    envelope: Envelope
+    raw: bytes
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Something that is not an update we can judge.
+
+    Attributes:
+        sender: the topic's device.
+        counter: what it claimed, 0 if unreadable.
+        digest: identity of the bytes refused; None where they were damaged on the way, so that the device
+            sends them again instead of dropping them.
+        rejection: why.
+    """
+
+    sender: DeviceId
+    counter: Counter
+    digest: bytes | None
+    rejection: Rejection
+
+
+class Intake:
+    """Assembles and verifies updates.
+
+    Args:
+        schema: bounds an envelope's size: the largest payload any codec makes of it.
+        key_of: the roster's look-up.
+        max_partial_bytes: of all updates of which some chunks have arrived.
+    """
+
+    def __init__(
+        self, schema: Schema, key_of: Callable[[DeviceId], PublicKey | None], max_partial_bytes: int
+    ) -> None:
+        largest = max(codec.max_bytes(schema) for codec in CODECS.values())
+        self._max_bytes = max_envelope_bytes(largest)
+        self._key_of = key_of
+        self.assembler = Assembler(self._max_bytes, max(max_partial_bytes, self._max_bytes))
+
+    def receive(self, sender: str, payload: bytes, now: float) -> Arrived | Refused | None:
+        """Take one message of the ``up`` topic; None while chunks are missing.
+
+        Args:
+            sender: the topic's device level.
+            payload: the message.
+            now: seconds of a clock that only grows.
+        """
+        counter, digest = Counter(0), update_digest(payload)
+        try:
+            device = device_id(sender)
+            chunk = frame.from_frame(payload, UpdateChunk, MAX_CHUNK_FRAME_BYTES)
+            counter, digest = chunk.counter, chunk.digest
+            key = self._key_of(device)
+            if key is None:
+                return Refused(device, counter, digest, _not_enrolled(device))
+            raw = self.assembler.add(sender, chunk, now)
+            return None if raw is None else self._open(device, key, raw, chunk)
+        except WireError as error:
+            damaged = isinstance(error, PayloadDamaged | BlobMismatch)
+            rejection = Rejection(_reason(error), str(error))
+            return Refused(DeviceId(sender), counter, None if damaged else digest, rejection)
+
+    def _open(self, device: DeviceId, key: PublicKey, raw: bytes, chunk: UpdateChunk) -> Arrived | Refused:
+        envelope = open_update(raw, self._max_bytes)
+        header = envelope.header
+        if header.device != device or header.counter != chunk.counter:
+            claim = f"the header says device {header.device[:64]!r}, counter {header.counter}"
+            detail = f"{claim}; topic and chunk say {device!r}, {chunk.counter}"
+            return Refused(device, chunk.counter, chunk.digest, Rejection(Reason.WRONG_DEVICE, detail))
+        envelope.verify(key)
+        return Arrived(envelope, raw, chunk.digest)
+
+
+def _not_enrolled(device: DeviceId) -> Rejection:
+    return Rejection(
+        Reason.UNKNOWN_DEVICE, f"device {device} is not enrolled; the operator runs: fedtide enrol {device}"
+    )
+
+
+def _reason(error: WireError) -> Reason:
+    match error:
+        case FrameTooLarge():
+            return Reason.TOO_LARGE
+        case UnsupportedVersion():
+            return Reason.UNSUPPORTED_VERSION
+        case BadSignature():
+            return Reason.BAD_SIGNATURE
+        case MalformedId():
+            return Reason.UNKNOWN_DEVICE
+        case _:
+            return Reason.MALFORMED

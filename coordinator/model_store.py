@@ -1,0 +1,136 @@
+"""Models and snapshots on disk, as safetensors: files anyone can open.
+
+models/{version}.safetensors      a published version: the plan's tensors by name
+snapshots/{sequence}.safetensors  the whole state after a journal entry
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from coordinator.aggregation import Buffer
+from coordinator.journal import Journal, SnapshotRow
+from coordinator.model_state import ModelState
+from coordinator.server_optimizers import OptimizerState
+from coordinator.settings import Rules
+from fedtide.wire.durable import write_durably
+from fedtide.wire.ids import ModelVersion
+from fedtide.wire.parameters import Schema, Vector
+
+_KEPT_SNAPSHOTS: Final = 2
+_OPTIMIZER: Final = "optimizer."
+
+
+class ModelStore:
+    """The published versions.
+
+    Args:
+        directory: made if it is not there.
+        schema: of the model.
+        keep: how many versions stay.
+    """
+
+    def __init__(self, directory: Path, schema: Schema, keep: int) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._directory = directory
+        self._schema = schema
+        self._keep = keep
+        self._recent: dict[ModelVersion, Vector] = {}
+
+    def save(self, version: ModelVersion, parameters: Vector) -> None:
+        """Write a version durably, and remove those beyond the last ``keep``."""
+        write_durably(self._file(version), save_tensors(self._schema.split(parameters)))
+        self._remember(version, parameters)
+        files = sorted(self._directory.glob("*.safetensors"))
+        for file in files[: -self._keep]:
+            file.unlink()
+
+    def parameters(self, version: ModelVersion) -> Vector:
+        """The parameters of a kept version.
+
+        Raises:
+            FileNotFoundError: it is not kept.
+        """
+        if version not in self._recent:
+            self._remember(version, self._schema.flatten(load_tensors(self._file(version).read_bytes())))
+        return self._recent[version]
+
+    def _remember(self, version: ModelVersion, parameters: Vector) -> None:
+        self._recent[version] = parameters
+        while len(self._recent) > _recent_versions(parameters):
+            del self._recent[min(self._recent)]
+
+    def _file(self, version: ModelVersion) -> Path:
+        return self._directory / f"{version:012d}.safetensors"
+
+
+def _recent_versions(parameters: Vector) -> int:
+    """How many versions stay in memory: 64 MB of them, at least 2."""
+    return max(2, (64 << 20) // max(1, parameters.nbytes))
+
+
+class SnapshotStore:
+    """Snapshots of the state, so that recovery need not replay from the beginning."""
+
+    def __init__(self, directory: Path, journal: Journal) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._directory = directory
+        self._journal = journal
+
+    def save(self, sequence: int, state: ModelState) -> None:
+        """Write the state after entry ``sequence`` durably, and remove all but the newest snapshots."""
+        content = _pack(state)
+        write_durably(self._file(sequence), content)
+        self._journal.add_snapshot(SnapshotRow(sequence, state.version, hashlib.sha256(content).digest()))
+        for old in self._journal.snapshots()[_KEPT_SNAPSHOTS:]:
+            self._journal.forget_snapshot(old.sequence)
+            self._file(old.sequence).unlink(missing_ok=True)
+
+    def newest(self) -> tuple[int, ModelState] | None:
+        """The newest snapshot that is whole, with the number of its entry; None if there is none."""
+        for row in self._journal.snapshots():
+            try:
+                content = self._file(row.sequence).read_bytes()
+            except FileNotFoundError:
+                continue
+            if hashlib.sha256(content).digest() == row.sha256:
+                return row.sequence, _unpack(content, row.version)
+        return None
+
+    def _file(self, sequence: int) -> Path:
+        return self._directory / f"{sequence:012d}.safetensors"
+
+
+def _pack(state: ModelState) -> bytes:
+    tensors: dict[str, npt.NDArray[Any]] = {
+        "parameters": state.parameters,
+        "buffer.total": state.buffer.total,
+        "buffer.divisor": np.array(state.buffer.divisor, np.float64),
+        "buffer.count": np.array(state.buffer.count, np.int64),
+        "rules": np.frombuffer(state.rules.to_bytes(), np.uint8),
+    }
+    tensors.update({_OPTIMIZER + name: vector for name, vector in state.optimizer.arrays().items()})
+    return save_tensors(tensors)
+
+
+def _unpack(content: bytes, version: ModelVersion) -> ModelState:
+    tensors = load_tensors(content)
+    rules = Rules.from_bytes(tensors["rules"].tobytes())
+    parameters = tensors["parameters"]
+    vectors = {
+        name.removeprefix(_OPTIMIZER): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(_OPTIMIZER)
+    }
+    optimizer: OptimizerState = rules.server_optimizer.from_arrays(vectors, parameters.size)
+    buffer = Buffer(
+        total=np.array(tensors["buffer.total"]),  # a copy of our own, because folding writes to it
+        divisor=float(tensors["buffer.divisor"]),
+        count=int(tensors["buffer.count"]),
+    )
+    return ModelState(version, parameters, buffer, optimizer, rules)

@@ -1,0 +1,175 @@
+"""Reception: keeps a connection to the broker and turns what arrives into work. It judges nothing."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from coordinator.committer import Committer, Waiting
+from coordinator.fleet_view import FleetView, shown_key
+from coordinator.intake import Intake
+from coordinator.publisher import Publisher
+from coordinator.roster import KeyConflict, Roster, RosterFull
+from coordinator.settings import CoordinatorSettings
+from fedtide.wire import ids, topics
+from fedtide.wire.errors import MalformedId
+from fedtide.wire.ids import DeviceId
+from fedtide.wire.link import Connection, Delivery, Dial, LinkDown, PublishRefused, Reconnector, Session, Will
+from fedtide.wire.messages import MissingChunks, Presence, Resync
+
+log = logging.getLogger(__name__)
+
+_RECEIVE_MAXIMUM: Final = 32
+_SESSION_EXPIRY_S: Final = 7 * 86_400
+_MAX_PENDING_KEYS: Final = 1000
+
+
+class Reception:
+    """The coordinator's side of the broker.
+
+    Attributes:
+        connection: the live one, or None.
+        view: what the devices say of themselves.
+    """
+
+    def __init__(
+        self,
+        settings: CoordinatorSettings,
+        *,
+        intake: Intake,
+        roster: Roster,
+        committer: Committer,
+        publisher: Publisher,
+        pending: Path,
+        dial: Dial,
+        on_connected: Callable[[], None],
+    ) -> None:
+        self._settings = settings
+        self._intake = intake
+        self._roster = roster
+        self._committer = committer
+        self._publisher = publisher
+        self._pending = pending
+        self._on_connected = on_connected
+        self._reconnector = Reconnector(dial, settings.broker, np.random.default_rng(), _log_failure)
+        self.view = FleetView()
+        self.connection: Connection | None = None
+
+    async def run(self) -> None:
+        """Connect, serve, connect again, for ever."""
+        first = True
+        while True:
+            connection = await self._reconnector.connect(self._session())
+            try:
+                await self._serve(connection, everything=first or not connection.session_present)
+            except* (LinkDown, PublishRefused) as lost:
+                log.warning("Broker: %s", lost.exceptions[0], extra={"event": "link.down"})
+            finally:
+                self.connection = None
+                connection.abort()
+            first = False
+            await self._reconnector.pause()
+
+    async def ask_for_missing(self, silent_s: float) -> None:
+        """Ask devices for chunks that did not arrive with the others."""
+        connection = self.connection
+        if connection is None:
+            return
+        now = time.monotonic()
+        for sender, partial in self._intake.assembler.silent_since(now - silent_s).items():
+            partial.touched = now
+            device = DeviceId(sender)
+            missing = MissingChunks(
+                device=device,
+                counter=partial.first.counter,
+                digest=partial.first.digest,
+                indexes=partial.missing()[:256],
+            )
+            await self._committer.send_down(connection, device, missing)
+
+    def _session(self) -> Session:
+        will_topic = topics.COORDINATOR.name(self._settings.fleet)
+        return Session(
+            client_id=f"{self._settings.fleet}-coordinator-0",
+            clean_start=False,
+            expiry_s=_SESSION_EXPIRY_S,
+            receive_maximum=_RECEIVE_MAXIMUM,
+            will=Will(will_topic, self._publisher.state_message(online=False)),
+        )
+
+    async def _serve(self, connection: Connection, *, everything: bool) -> None:
+        """Announce, then receive. ``everything``: the broker forgot our session, so the rest too."""
+        fleet = self._settings.fleet
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._receive(connection), name="coordinator.receive")
+            await connection.subscribe([topics.UPDATE.filter(fleet, shard=0), topics.PRESENCE.filter(fleet)])
+            await connection.subscribe([topics.EVENT.filter(fleet)], qos=topics.EVENT.qos)
+            await self._publisher.announce(connection, online=True)
+            await self._publisher.renew(connection, everything=everything)
+            self.connection = connection
+            log.info("Connected with MQTT %s", connection.mqtt_version, extra={"event": "link.up"})
+            self._on_connected()
+            if everything:
+                await self._resync(connection)
+
+    async def _resync(self, connection: Connection) -> None:
+        for device, presence in list(self.view.presence.items()):
+            if presence.online:
+                await self._committer.send_down(connection, device, Resync(device=device))
+
+    async def _receive(self, connection: Connection) -> None:
+        async for delivery in connection.deliveries():
+            if fields := topics.UPDATE.parse(delivery.topic):
+                self._take_update(connection, delivery, fields["device"])
+                continue
+            connection.acknowledge(delivery)
+            if fields := topics.PRESENCE.parse(delivery.topic):
+                self._take_presence(DeviceId(fields["device"]), delivery.payload)
+            elif fields := topics.EVENT.parse(delivery.topic):
+                self._take_event(DeviceId(fields["device"]), delivery.payload)
+
+    def _take_update(self, connection: Connection, delivery: Delivery, sender: str) -> None:
+        arrival = self._intake.receive(sender, delivery.payload, time.monotonic())
+        if arrival is None:
+            connection.acknowledge(delivery)  # a chunk of an update; a lost one is asked for again
+        else:
+            self._committer.put(Waiting(arrival, delivery, connection))
+
+    def _take_event(self, device: DeviceId, payload: bytes) -> None:
+        if self._roster.key(device) is not None:
+            self.view.note_event(device, payload)
+
+    def _take_presence(self, device: DeviceId, payload: bytes) -> None:
+        if self._roster.key(device) is not None:
+            self.view.note_presence(device, payload)
+        elif presence := FleetView().note_presence(device, payload):
+            self._offer_enrolment(device, presence)
+
+    def _offer_enrolment(self, device: DeviceId, presence: Presence) -> None:
+        """Keep a stranger's key for the operator, or enrol it at once where the settings say so."""
+        key = shown_key(presence)
+        if key is None:
+            return
+        try:
+            name = ids.device_id(device)
+            if self._settings.open_enrolment:
+                self._roster.enrol(name, key)
+                self.view.presence[name] = presence
+                log.warning("Enrolled %s: open enrolment is on", name, extra={"event": "device.enrolled"})
+            elif self._room_for(name):
+                (self._pending / f"{name}.pub").write_text(f"{key}\n")
+        except (KeyConflict, RosterFull, MalformedId) as error:
+            log.warning("Not enrolled: %s", error, extra={"event": "device.refused"})
+
+    def _room_for(self, device: DeviceId) -> bool:
+        self._pending.mkdir(exist_ok=True)
+        known = (self._pending / f"{device}.pub").exists()
+        return known or sum(1 for _ in self._pending.iterdir()) < _MAX_PENDING_KEYS
+
+
+def _log_failure(error: LinkDown, wait_s: float) -> None:
+    log.warning("%s; next attempt in %.1f s", error, wait_s, extra={"event": "link.retry"})

@@ -1,0 +1,326 @@
+"""The running coordinator: named tasks around the pure core.
+
+reception  MQTT → intake → arrivals
+committer  arrivals → judge and fold → journal (group commit) → acknowledge, receipts
+publish    new versions, paced → model file, chunks, head
+evaluate   new versions → held-out metric
+tick       time limits, missing chunks, status, stop conditions
+"""
+
+import asyncio
+import contextlib
+import logging
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, Protocol
+
+from coordinator import status as status_file
+from coordinator.committer import Committer, JournalThread
+from coordinator.intake import Intake
+from coordinator.journal import EvaluationResult, Published
+from coordinator.plan.file import BuiltPlan
+from coordinator.publisher import Identity, Publisher, Version
+from coordinator.reception import Reception
+from coordinator.recovery import Recovered, base_parameters
+from coordinator.roster import Roster
+from coordinator.settings import CoordinatorSettings
+from coordinator.status import EvaluationPoint, Status, Updates
+from coordinator.writer import Writer
+from fedtide.wire.link import Dial, LinkDown, PublishRefused
+from fedtide.wire.parameters import Vector
+from fedtide.wire.plan import seal_plan
+from fedtide.wire.signatures import SigningKey
+
+log = logging.getLogger(__name__)
+
+_TICK_S: Final = 0.25
+_STATUS_EVERY_TICKS: Final = 2
+_KEPT_EVALUATIONS: Final = 10_000
+
+
+class Outcome(Protocol):
+    """What an evaluation gives."""
+
+    @property
+    def loss(self) -> float:
+        """Mean over the held-out examples."""
+
+    @property
+    def metric(self) -> float | None:
+        """The plan's metric, mean over the held-out examples."""
+
+
+Evaluate = Callable[[Vector], Outcome]
+"""Evaluates parameters on the coordinator's held-out examples; called in a thread."""
+
+
+class CoordinatorService:
+    """One run of the coordinator.
+
+    Args:
+        settings: from ``coordinator.toml``.
+        plan: the built plan.
+        key: the coordinator's.
+        directory: the fleet's.
+        recovered: the opened state.
+        dial: makes MQTT connections.
+        evaluate: the held-out evaluation, if there is one.
+    """
+
+    def __init__(
+        self,
+        settings: CoordinatorSettings,
+        *,
+        plan: BuiltPlan,
+        key: SigningKey,
+        directory: Path,
+        recovered: Recovered,
+        dial: Dial,
+        evaluate: Evaluate | None,
+    ) -> None:
+        self._settings = settings
+        self._plan = plan.plan
+        self._status_path = directory / "status.json"
+        self._recovered = recovered
+        self._evaluate = evaluate
+        self._journal_thread = JournalThread()
+        self._new_version = asyncio.Event()
+        self._to_evaluate = asyncio.Event()
+        self._began = time.monotonic()
+        self._stop_reason: str | None = None
+        self._published_at = float("-inf")
+        self._evaluated = -1
+        self._evaluations: list[EvaluationPoint] = []
+        self._roster = Roster(directory / "roster", settings.max_devices)
+        self._epoch = recovered.journal.next_epoch()
+        self._writer = Writer(
+            settings,
+            plan=self._plan.id,
+            schema=self._plan.manifest.schema,
+            state=recovered.state,
+            marks=recovered.journal.marks(),
+            bases=base_parameters(recovered.models, plan),
+        )
+        self._writer.published = {row.version: row.fingerprint for row in recovered.journal.published()}
+        self.committer = Committer(
+            settings,
+            self._writer,
+            recovered,
+            journal_thread=self._journal_thread,
+            key=key,
+            on_version=self._on_version,
+        )
+        identity = Identity(self._epoch, self._plan.id, seal_plan(self._plan, key), key)
+        self._publisher = Publisher(settings, identity, self._remember, time.time)
+        self._reception = Reception(
+            settings,
+            intake=Intake(self._plan.manifest.schema, self._roster.key, settings.update.max_partial_bytes),
+            roster=self._roster,
+            committer=self.committer,
+            publisher=self._publisher,
+            pending=directory / "pending",
+            dial=dial,
+            on_connected=self._new_version.set,
+        )
+
+    async def run(self) -> str | None:
+        """Run until a stop condition holds, and return it. Cancelling shuts down cleanly.
+
+        Any failure of ours ends the run with that exception; nothing uncommitted has been acknowledged.
+        """
+        log.info(
+            "Coordinator of fleet %s, epoch %d: version %d, %d journal entries replayed",
+            self._settings.fleet, self._epoch, self._writer.state.version, self._recovered.replayed,
+            extra={"event": "coordinator.started"},
+        )  # fmt: skip
+        self._on_version()
+        committing = asyncio.create_task(self.committer.run(), name="coordinator.committer")
+        work = {
+            "reception": self._reception.run(),
+            "publish": self._publish(),
+            "evaluate": self._evaluate_versions(),
+            "tick": self._tick(),
+        }
+        running = [asyncio.create_task(task, name=f"coordinator.{name}") for name, task in work.items()]
+        try:
+            done, _ = await asyncio.wait([committing, *running], return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()  # a task that fails, ends the program; the tick ends well at a stop condition
+            await self._finish(committing)
+        except asyncio.CancelledError:
+            await self._leave(committing)
+        finally:
+            for task in (committing, *running):
+                task.cancel()
+            await asyncio.gather(committing, *running, return_exceptions=True)
+            self._write_status("stopped" if self._stop_reason else "offline")
+            self._journal_thread.close()
+        return self._stop_reason
+
+    def _on_version(self) -> None:
+        self._new_version.set()
+        self._to_evaluate.set()
+
+    async def _publish(self) -> None:
+        pace = self._settings.publish
+        while True:
+            await self._new_version.wait()
+            self._new_version.clear()
+            await asyncio.sleep(self._published_at + pace.min_interval_s - time.monotonic())
+            await self._publish_newest(pace.every_versions)
+
+    async def _publish_newest(self, every_versions: int) -> None:
+        connection, state = self._reception.connection, self._writer.state
+        newest = self._publisher.version
+        if connection is None or (newest and state.version - newest.number < every_versions):
+            return
+        self._published_at = time.monotonic()
+        try:
+            await self._publisher.publish(connection, Version.of(state.version, state.parameters))
+        except (LinkDown, PublishRefused) as error:
+            log.warning("Publishing stopped: %s", error, extra={"event": "publish.interrupted"})
+
+    async def _remember(self, version: Version) -> None:
+        """Make a version's file and fingerprint durable before any device sees it."""
+        row = Published(version.number, version.fingerprint, time.time())
+        keep = self._settings.publish.keep_versions
+
+        def work() -> None:
+            self._recovered.models.save(version.number, version.parameters)
+            self._recovered.journal.add_published(row, keep)
+
+        await self._journal_thread.run(work)
+        self._writer.published[version.number] = version.fingerprint
+        for old in sorted(self._writer.published)[:-keep]:
+            del self._writer.published[old]
+
+    async def _evaluate_versions(self) -> None:
+        while True:
+            await self._to_evaluate.wait()
+            self._to_evaluate.clear()
+            await self._evaluate_newest()
+
+    async def _evaluate_newest(self) -> None:
+        settings, state = self._settings.evaluation, self._writer.state
+        if settings is None or self._evaluate is None or state.version == self._evaluated:
+            return
+        first = self._evaluated < 0
+        if not first and state.version - self._evaluated < settings.every_versions:
+            return
+        evaluate = self._evaluate
+        outcome = await asyncio.to_thread(lambda: evaluate(state.parameters))
+        result = EvaluationResult(state.version, outcome.loss, outcome.metric, time.time())
+        await self._journal_thread.run(lambda: self._recovered.journal.add_evaluation(result))
+        self._evaluated = state.version
+        self._evaluations.append(
+            EvaluationPoint(
+                version=state.version,
+                seconds=time.monotonic() - self._began,
+                updates=self.committer.accounting.applied,
+                loss=outcome.loss,
+                metric=outcome.metric,
+            )
+        )
+        del self._evaluations[:-_KEPT_EVALUATIONS]
+        if (
+            settings.release_at is not None
+            and outcome.metric is not None
+            and outcome.metric >= settings.release_at
+        ):
+            self._publisher.released = state.version
+
+    async def _tick(self) -> None:
+        ticks = 0
+        while self._stop_reason is None:
+            await asyncio.sleep(_TICK_S)
+            ticks += 1
+            self.committer.tick()
+            await self._reception.ask_for_missing(self._settings.update.missing_after_s)
+            await self._renew_head()
+            self._stop_reason = self._stop_condition()
+            if ticks % _STATUS_EVERY_TICKS == 0:
+                self._write_status("running")
+
+    async def _renew_head(self) -> None:
+        connection = self._reception.connection
+        half_life_s = self._settings.publish.head_lifetime_s / 2
+        if connection and self._publisher.version and time.time() - self._publisher.issued > half_life_s:
+            with contextlib.suppress(LinkDown, PublishRefused):
+                await self._publisher.renew(connection, everything=False)
+
+    def _stop_condition(self) -> str | None:
+        stop = self._settings.stop
+        metric = self._evaluations[-1].metric if self._evaluations else None
+        conditions = (
+            ("versions", stop.versions, self._writer.state.version),
+            ("updates", stop.updates, self.committer.accounting.applied),
+            ("metric", stop.metric, metric),
+            ("seconds", stop.seconds, time.monotonic() - self._began),
+        )
+        for name, limit, value in conditions:
+            if limit is not None and value is not None and value >= limit:
+                return f"{name} reached {limit:g}"
+        return None
+
+    async def _finish(self, committing: asyncio.Task[None]) -> None:
+        """A stop condition held: take no more updates and offer the last version."""
+        self._writer.stopped = True
+        self._publisher.training = False
+        self.committer.finish()
+        await committing
+        await self._evaluate_newest()
+        if self._reception.connection is not None:
+            with contextlib.suppress(LinkDown, PublishRefused):
+                version = Version.of(self._writer.state.version, self._writer.state.parameters)
+                await self._publisher.publish(self._reception.connection, version)
+        await self._leave(committing)
+        log.info("Stopped: %s", self._stop_reason, extra={"event": "coordinator.stopped"})
+
+    async def _leave(self, committing: asyncio.Task[None]) -> None:
+        """Commit what has arrived, leave a snapshot, say goodbye."""
+        self.committer.finish()
+        await committing
+        connection = self._reception.connection
+        if connection is not None:
+            with contextlib.suppress(LinkDown, PublishRefused):
+                await self._publisher.announce(connection, online=False)
+            await connection.close()
+
+    def _write_status(self, state: str) -> None:
+        status_file.write(self._status_path, self.status(state))
+
+    def status(self, state: str) -> Status:
+        """The coordinator at this moment."""
+        accounting, usage = self.committer.accounting, resource.getrusage(resource.RUSAGE_SELF)
+        connection, published, model = self._reception.connection, self._publisher.version, self._writer.state
+        return Status(
+            fleet=self._settings.fleet,
+            plan=self._plan.id,
+            epoch=self._epoch,
+            state=state,
+            stop_reason=self._stop_reason,
+            moment=time.time(),
+            seconds=time.monotonic() - self._began,
+            connected=connection is not None,
+            mqtt_version=connection.mqtt_version if connection else None,
+            version=model.version,
+            published_version=published.number if published else None,
+            buffered=model.buffer.count,
+            goal=self._settings.aggregator.goal,
+            updates=Updates(
+                received=accounting.received,
+                applied=accounting.applied,
+                duplicate=accounting.duplicate,
+                rejected={reason.value: count for reason, count in accounting.rejected.items()},
+                waiting=accounting.waiting,
+            ),
+            staleness=dict(self.committer.staleness),
+            evaluations=tuple(self._evaluations),
+            parameters=self._plan.manifest.schema.size,
+            metric=self._plan.manifest.metric,
+            devices=self._reception.view.statuses(self._roster.devices(), self._writer.marks),
+            cpu_seconds=usage.ru_utime + usage.ru_stime,
+            rss_bytes=usage.ru_maxrss * 1024,
+        )

@@ -1,0 +1,177 @@
+"""The settings in ``coordinator.toml``: every table decodes into the object that does the work."""
+
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from coordinator.aggregation import Aggregator, FedBuff
+from coordinator.server_optimizers import SGD, ServerOptimizer
+from coordinator.staleness import Polynomial, StalenessPolicy
+from fedtide.wire import ids
+from fedtide.wire.chunks import MAX_CHUNK_BYTES
+from fedtide.wire.errors import MalformedId
+from fedtide.wire.ids import FleetId
+from fedtide.wire.link import Broker
+
+Positive = Annotated[float, Meta(gt=0)]
+Count = Annotated[int, Meta(ge=1)]
+
+
+class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of every table: unknown keys are errors."""
+
+
+class Publish(Table, frozen=True, kw_only=True):
+    """How often versions go to the devices. Versions in between count for staleness but are not sent.
+
+    Attributes:
+        min_interval_s: at least this long between two published versions.
+        every_versions: and at least this many versions.
+        head_lifetime_s: after this a device reports a stale head; the head is issued anew at half of it.
+        keep_versions: how many published versions an update may start from, and how many models stay on disk.
+    """
+
+    min_interval_s: Annotated[float, Meta(ge=0)] = 1.0
+    every_versions: Count = 1
+    head_lifetime_s: Positive = 7 * 86_400.0
+    keep_versions: Annotated[int, Meta(ge=2)] = 100
+
+
+class Evaluation(Table, frozen=True, kw_only=True):
+    """Held-out evaluation on the coordinator's side.
+
+    Attributes:
+        data: an ``.npz`` file with the plan's inputs (``x`` or ``x0`` …) and targets (``y``).
+        every_versions: evaluate when this many versions were made since the last evaluation.
+        release_at: a version whose metric reaches this is released for inference; None: none is.
+    """
+
+    data: Path
+    every_versions: Count = 1
+    release_at: float | None = None
+
+
+class Stop(Table, frozen=True, kw_only=True):
+    """When the coordinator stops by itself: at the first condition that holds. None given: it runs on.
+
+    Attributes:
+        versions: this many model versions were made.
+        updates: this many updates were applied.
+        metric: the held-out metric reached this.
+        seconds: it ran this long.
+    """
+
+    versions: Count | None = None
+    updates: Count | None = None
+    metric: float | None = None
+    seconds: Positive | None = None
+
+
+class Journal(Table, frozen=True, kw_only=True):
+    """The journal's bounds.
+
+    Attributes:
+        snapshot_every_updates: a snapshot at least every so many journal entries bounds recovery time.
+        max_batch: entries per group commit.
+    """
+
+    snapshot_every_updates: Count = 1000
+    max_batch: Count = 256
+
+
+class Update(Table, frozen=True, kw_only=True):
+    """What is asked of updates, and what is accepted.
+
+    Attributes:
+        codec: what devices shall encode with.
+        codec_parameters: the codec's own parameters.
+        weight_by_examples: multiply the aggregation weight by num_examples.
+        max_examples: num_examples beyond this counts as this, so that no device can claim the whole average.
+        retry_after_s: seconds every receipt asks a device to wait before its next update.
+        max_partial_bytes: of all updates of which some chunks have arrived.
+        missing_after_s: a partial update that is silent for so long is asked for its missing chunks.
+    """
+
+    codec: str = "q8"
+    codec_parameters: dict[str, float] = {}
+    weight_by_examples: bool = False
+    max_examples: Count = 1_000_000
+    retry_after_s: Annotated[float, Meta(ge=0)] = 0.0
+    max_partial_bytes: Count = 256 << 20
+    missing_after_s: Positive = 5.0
+
+
+class Metrics(Table, frozen=True, kw_only=True):
+    """The Prometheus endpoint.
+
+    Attributes:
+        port: TCP port to serve it on.
+        host: address to serve it on.
+    """
+
+    port: Annotated[int, Meta(ge=0, le=65_535)]
+    host: str = "127.0.0.1"
+
+
+class CoordinatorSettings(Table, frozen=True, kw_only=True):
+    """All of ``coordinator.toml``.
+
+    Attributes:
+        fleet: the fleet's id.
+        plan: the built plan file.
+        broker: where the broker is.
+        aggregator: FedBuff, FedAsync or FedAvg.
+        staleness: the staleness policy.
+        server_optimizer: what steps along the aggregated delta.
+        flush_after_s: a partly full buffer is aggregated after this long; None: only when it is full.
+        publish: pacing.
+        update: what is asked of updates.
+        evaluation: held-out evaluation; None: no evaluation.
+        stop: when to stop.
+        journal: bounds of the journal.
+        metrics: the Prometheus endpoint; None: none.
+        open_enrolment: accept the first key any device shows. For trials only.
+        max_devices: bound of the roster.
+        chunk_bytes: upper bound of one MQTT payload.
+    """
+
+    fleet: FleetId
+    plan: Path
+    broker: Broker = Broker()
+    aggregator: Aggregator = FedBuff()
+    staleness: StalenessPolicy = Polynomial()
+    server_optimizer: ServerOptimizer = SGD()
+    flush_after_s: Positive | None = 60.0
+    publish: Publish = Publish()
+    update: Update = Update()
+    evaluation: Evaluation | None = None
+    stop: Stop = Stop()
+    journal: Journal = Journal()
+    metrics: Metrics | None = None
+    open_enrolment: bool = False
+    max_devices: Count = 100_000
+    chunk_bytes: Annotated[int, Meta(ge=1024, le=MAX_CHUNK_BYTES)] = MAX_CHUNK_BYTES
+
+    def __post_init__(self) -> None:
+        try:
+            ids.fleet_id(self.fleet)
+        except MalformedId as error:
+            raise ValueError(str(error)) from error
+
+
+class Rules(msgspec.Struct, frozen=True, kw_only=True):
+    """The part of the settings that decides what a journal replays to; journaled whenever it changes."""
+
+    aggregator: Aggregator
+    server_optimizer: ServerOptimizer
+
+    def to_bytes(self) -> bytes:
+        """JSON, as the journal keeps it."""
+        return msgspec.json.encode(self)
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> "Rules":
+        """What :meth:`to_bytes` wrote."""
+        return msgspec.json.decode(content, type=cls)

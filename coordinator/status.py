@@ -1,0 +1,120 @@
+"""Status: what an operator sees, as one value, written to ``status.json`` while the coordinator runs."""
+
+from pathlib import Path
+
+import msgspec
+
+from fedtide.wire.ids import DeviceId, Epoch, FleetId, ModelVersion, PlanId
+
+
+class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One device.
+
+    Attributes:
+        device: its id.
+        online: by its presence.
+        model_version: what it said it holds.
+        applied: its updates applied.
+        rejected: its updates rejected after their signature was checked.
+        mean_staleness: of the applied ones, in versions.
+        weight_share: its part of all aggregation weight so far, 0 to 1.
+        last_rejection: why its latest update was rejected, if it was.
+        loss: of its latest local training.
+    """
+
+    device: DeviceId
+    online: bool
+    model_version: ModelVersion | None
+    applied: int
+    rejected: int
+    mean_staleness: float
+    weight_share: float
+    last_rejection: str | None
+    loss: float | None
+
+
+class Updates(msgspec.Struct, frozen=True, kw_only=True):
+    """The accounting: received = applied + duplicate + rejected + waiting."""
+
+    received: int
+    applied: int
+    duplicate: int
+    rejected: dict[str, int]
+    waiting: int
+
+
+class EvaluationPoint(msgspec.Struct, frozen=True, kw_only=True):
+    """A held-out result; ``seconds`` since this run of the coordinator began."""
+
+    version: ModelVersion
+    seconds: float
+    updates: int
+    loss: float
+    metric: float | None
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True):
+    """The coordinator at one moment.
+
+    Attributes:
+        fleet: which fleet.
+        plan: the plan in force.
+        epoch: which run of the coordinator.
+        state: ``running``, ``stopped`` (a stop condition held) or ``offline`` (shut down).
+        stop_reason: the condition that held.
+        moment: seconds since 1970.
+        seconds: since this run began.
+        connected: to the broker.
+        mqtt_version: ``5`` or ``3.1.1``.
+        version: the newest model version.
+        published_version: the newest one devices were offered.
+        buffered: updates in the buffer.
+        goal: updates per version.
+        updates: the accounting.
+        staleness: how many applied updates had which staleness, in this run, by versions.
+        evaluations: held-out results of this run, oldest first.
+        parameters: number of parameters.
+        metric: name of the metric.
+        devices: all enrolled devices.
+        cpu_seconds: of this process.
+        rss_bytes: peak resident memory of this process.
+    """
+
+    fleet: FleetId
+    plan: PlanId
+    epoch: Epoch
+    state: str
+    stop_reason: str | None
+    moment: float
+    seconds: float
+    connected: bool
+    mqtt_version: str | None
+    version: ModelVersion
+    published_version: ModelVersion | None
+    buffered: int
+    goal: int
+    updates: Updates
+    staleness: dict[int, int]
+    evaluations: tuple[EvaluationPoint, ...]
+    parameters: int
+    metric: str | None
+    devices: tuple[DeviceStatus, ...]
+    cpu_seconds: float
+    rss_bytes: int
+
+
+def write(path: Path, status: Status) -> None:
+    """Replace the file in one step; not synced, because a new one comes soon."""
+    temporary = path.with_name(path.name + ".new")
+    temporary.write_bytes(msgspec.json.encode(status))
+    temporary.replace(path)
+
+
+def read(path: Path) -> Status:
+    """What :func:`write` wrote.
+
+    Raises:
+        FileNotFoundError: no coordinator has run here.
+        msgspec.ValidationError: written by another version of fedtide.
+    """
+    return msgspec.json.decode(path.read_bytes(), type=Status)

@@ -1,9 +1,9 @@
 """Check a plan's structure before onnxruntime sees it, without the onnx package.
 
 A signed plan comes from the coordinator; this guard is the second line, for a coordinator gone wrong. It
-bounds what a graph may contain: onnxruntime itself would read a file of the working directory named as external
-data, or run a loop of 2^62 turns. Memory and time of a legal graph are bounded elsewhere: by the process's
-memory limit and the step deadline.
+bounds what a graph may contain: onnxruntime itself would read a file of the working directory that is named
+as external data, or run a loop of 2^62 turns. Memory and time of a legal graph are bounded elsewhere: by the
+process's memory limit and the step deadline.
 
 The graphs are protobuf messages (onnx.proto3). Only the fields below are looked at; numbers are never reused.
 """

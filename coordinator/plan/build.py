@@ -6,17 +6,14 @@ from typing import Final
 
 import onnx
 import torch
-from onnx import ModelProto
 from torch import Tensor
 
-from coordinator.plan.evaluation_graph import EvaluationGraph, export_evaluation_graph
 from coordinator.plan.export import MIN_ONNXRUNTIME, OPSET, operators
 from coordinator.plan.file import BuiltPlan
-from coordinator.plan.joint_graph import JointGraph, trace
-from coordinator.plan.optimizer_step import OptimizerRecipe, read_optimizer
+from coordinator.plan.graphs import Graphs, export_graphs
 from coordinator.plan.rejection import PlanRejected
-from coordinator.plan.task import Task, check_task
-from coordinator.plan.train_graph import LEARNING_RATE, TrainGraph, export_train_graph
+from coordinator.plan.task import Task
+from coordinator.plan.train_graph import LEARNING_RATE
 from coordinator.plan.verify import verify
 from fedtide.wire.parameters import Schema, TensorSpec
 from fedtide.wire.plan import (
@@ -40,31 +37,28 @@ def build(task: Task) -> BuiltPlan:
     Raises:
         PlanRejected: the task cannot become a plan, or the plan disagrees with torch; the text says why.
     """
-    check_task(task)
-    joint = trace(task)
-    recipe = read_optimizer(task.optimizer, _trained_ids(task, joint), joint.has_gradient)
-    tensor_names = [f"x{index}" for index in range(len(task.inputs))]
-    if len(task.tensors) > len(task.inputs):
-        tensor_names.append("y")
-    train = export_train_graph(joint, recipe, task.tensors, tensor_names)
-    evaluation = export_evaluation_graph(task, joint, tensor_names)
-    _check_operators(train.shipped, evaluation.model)
-    _check_inputs(train, joint, recipe, tensor_names)
-    evidence = verify(task, joint, recipe, train, evaluation)
+    return assemble(task, export_graphs(task))
+
+
+def assemble(task: Task, graphs: Graphs) -> BuiltPlan:
+    """Verify exported graphs and make a plan of them.
+
+    Raises:
+        PlanRejected: devices would refuse the graphs, or they disagree with torch.
+    """
+    _check_operators(graphs)
+    _check_inputs(graphs)
+    manifest = _manifest(task, graphs, verify(task, graphs))
+    plan = Plan(
+        manifest, graphs.train.shipped.SerializeToString(), graphs.evaluation.model.SerializeToString()
+    )
+    _check_size(plan)
+    joint = graphs.joint
     initial = {
         **{f"p.{name}": value.numpy() for name, value in joint.parameters.items()},
-        **{f"b.{name}": value.numpy() for name, value in joint.buffers.items() if _is_averaged(value)},
+        **{f"b.{name}": value.numpy() for name, value in joint.buffers.items()},
     }
-    manifest = _manifest(task, joint, recipe, train=train, evaluation=evaluation, evidence=evidence)
-    plan = Plan(manifest, train.shipped.SerializeToString(), evaluation.model.SerializeToString())
-    _check_size(plan)
     return BuiltPlan(plan, manifest.schema.flatten(initial))
-
-
-def _trained_ids(task: Task, joint: JointGraph) -> dict[int, str]:
-    """The trained parameters' names by the identity of the task's own tensors."""
-    own = dict(task.model.named_parameters())
-    return {id(own[name]): name for name in joint.parameters}
 
 
 def _is_averaged(buffer: Tensor) -> bool:
@@ -72,33 +66,23 @@ def _is_averaged(buffer: Tensor) -> bool:
     return buffer.dtype == torch.float32
 
 
-def _specification(name: str, tensor: Tensor, *, batched: bool = False) -> TensorSpec:
-    shape: tuple[int | None, ...] = tuple(tensor.shape)
+def _specification(name: str, tensor: Tensor) -> TensorSpec:
+    return TensorSpec(name=name, dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape))
+
+
+def _batched(name: str, tensor: Tensor) -> TensorSpec:
     return TensorSpec(
-        name=name,
-        dtype=str(tensor.dtype).removeprefix("torch."),
-        shape=(None, *shape[1:]) if batched else shape,
+        name=name, dtype=str(tensor.dtype).removeprefix("torch."), shape=(None, *tensor.shape[1:])
     )
 
 
-def _manifest(
-    task: Task,
-    joint: JointGraph,
-    recipe: OptimizerRecipe,
-    *,
-    train: TrainGraph,
-    evaluation: EvaluationGraph,
-    evidence: Verified,
-) -> PlanManifest:
+def _manifest(task: Task, graphs: Graphs, evidence: Verified) -> PlanManifest:
+    joint, train, evaluation = graphs.joint, graphs.train.shipped, graphs.evaluation.model
     parameters = [_specification(f"p.{name}", value) for name, value in joint.parameters.items()]
-    averaged = [
-        _specification(f"b.{name}", value) for name, value in joint.buffers.items() if _is_averaged(value)
-    ]
-    counters = [
-        _specification(f"b.{name}", value) for name, value in joint.buffers.items() if not _is_averaged(value)
-    ]
-    targets = task.example[1]
-    metric = task.metric
+    buffers = {f"b.{name}": value for name, value in joint.buffers.items()}
+    averaged = [_specification(name, value) for name, value in buffers.items() if _is_averaged(value)]
+    counters = [_specification(name, value) for name, value in buffers.items() if not _is_averaged(value)]
+    targets, metric = task.example[1], task.metric
     return PlanManifest(
         format=MANIFEST_FORMAT,
         name=task.name,
@@ -106,42 +90,40 @@ def _manifest(
         producer=f"torch {torch.__version__}, onnx {onnx.__version__}",
         min_onnxruntime=MIN_ONNXRUNTIME,
         schema=Schema(tensors=(*parameters, *averaged)),
-        local_state=tuple(_specification(f"o.{name}", value) for name, value in recipe.state.items()),
+        local_state=tuple(_specification(f"o.{name}", value) for name, value in graphs.recipe.state.items()),
         local_buffers=tuple(counters),
-        inputs=tuple(_specification(f"x{index}", x, batched=True) for index, x in enumerate(task.inputs)),
-        targets=None if targets is None else _specification("y", targets, batched=True),
+        inputs=tuple(_batched(f"x{index}", x) for index, x in enumerate(task.inputs)),
+        targets=None if targets is None else _batched("y", targets),
         learning_rate_input=LEARNING_RATE,
         min_batch=2 if joint.batch_normalised else 1,
-        train_outputs=train.outputs,
-        evaluation_state=evaluation.injected,
+        train_outputs=graphs.train.outputs,
+        evaluation_state=graphs.evaluation.injected,
         metric=metric if metric is None or isinstance(metric, str) else getattr(metric, "__name__", "metric"),
-        optimizer=recipe.kind.__name__,
-        operators=operators(train.shipped, evaluation.model),
+        optimizer=graphs.recipe.kind.__name__,
+        operators=operators(train, evaluation),
         training=task.device_training,
         limits=Limits(),
         verified=evidence,
-        train_sha256=hashlib.sha256(train.shipped.SerializeToString()).digest(),
-        evaluation_sha256=hashlib.sha256(evaluation.model.SerializeToString()).digest(),
+        train_sha256=hashlib.sha256(train.SerializeToString()).digest(),
+        evaluation_sha256=hashlib.sha256(evaluation.SerializeToString()).digest(),
     )
 
 
-def _check_operators(*models: ModelProto) -> None:
-    if unknown := set(operators(*models)) - PLAN_OPERATORS:
+def _check_operators(graphs: Graphs) -> None:
+    if unknown := set(operators(graphs.train.shipped, graphs.evaluation.model)) - PLAN_OPERATORS:
         raise PlanRejected(
             f"The graph needs ONNX operators that devices do not run: {', '.join(sorted(unknown))}."
         )
 
 
-def _check_inputs(
-    train: TrainGraph, joint: JointGraph, recipe: OptimizerRecipe, tensor_names: list[str]
-) -> None:
+def _check_inputs(graphs: Graphs) -> None:
     """A missing input means that the exporter found it unused; a device would then feed what nobody takes."""
-    present = {value.name for value in train.shipped.graph.input}
+    present = {value.name for value in graphs.train.shipped.graph.input}
     wanted = {
-        *(f"p.{name}" for name in joint.parameters),
-        *(f"b.{name}" for name in joint.buffers),
-        *(f"o.{name}" for name in recipe.state),
-        *tensor_names,
+        *(f"p.{name}" for name in graphs.joint.parameters),
+        *(f"b.{name}" for name in graphs.joint.buffers),
+        *(f"o.{name}" for name in graphs.recipe.state),
+        *graphs.tensor_names,
         LEARNING_RATE,
     }
     if present != wanted:
@@ -149,11 +131,11 @@ def _check_inputs(
 
 
 def _check_size(plan: Plan) -> None:
+    """Manifest and signature get a quarter of what devices accept, the graphs the rest."""
     graphs = (plan.train, plan.evaluation)
-    packed = sum(len(zlib.compress(graph, 9)) for graph in graphs)
-    # The manifest and the signature take the rest.
-    if packed > MAX_PLAN_BYTES * 3 // 4 or max(map(len, graphs)) > MAX_GRAPH_BYTES:
+    packed, most = sum(len(zlib.compress(graph, 9)) for graph in graphs), MAX_PLAN_BYTES * 3 // 4
+    if packed > most or max(map(len, graphs)) > MAX_GRAPH_BYTES:
         raise PlanRejected(
-            f"The graphs have {packed:,} bytes compressed, and devices accept {MAX_PLAN_BYTES * 3 // 4:,}; "
-            "make the model smaller, shorten its sequences, or train what it now holds as constants."
+            f"The graphs have {packed:,} bytes compressed, and devices accept {most:,}; make the model "
+            "smaller, shorten its sequences, or train what is now constant in it."
         )

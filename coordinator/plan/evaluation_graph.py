@@ -80,6 +80,7 @@ def export_evaluation_graph(task: Task, joint: JointGraph, tensor_names: list[st
         (tuple({} for _ in parameters), tuple({} for _ in buffers), batch_axis(task.tensors)),
         [*state, *tensor_names],
         [OUTPUT, "loss", *metric],
+        decompose=True,
     )
     return _with_placeholders(graph, state)
 

@@ -11,6 +11,7 @@ import onnx_ir.passes.common as passes
 import torch
 from onnx import ModelProto
 from onnxscript.optimizer import fold_constants_ir
+from torch._decomp import core_aten_decompositions
 
 from coordinator.plan.joint_graph import quiet_export
 from coordinator.plan.rejection import PlanRejected, explain
@@ -27,8 +28,13 @@ def to_onnx(
     dynamic_shapes: tuple[Any, ...],
     input_names: list[str],
     output_names: list[str],
+    *,
+    decompose: bool = False,
 ) -> ModelProto:
     """Export a functional module with named inputs and outputs.
+
+    ``decompose`` splits composite operators by torch's rules first: the exporter's own form of
+    ``cross_entropy`` drops its label smoothing.
 
     Raises:
         PlanRejected: it has an operator that ONNX lacks, or torch cannot trace it.
@@ -37,6 +43,8 @@ def to_onnx(
         # The exporter prints its progress; people who build a plan did not ask for that.
         with quiet_export(), contextlib.redirect_stdout(io.StringIO()):
             program = torch.export.export(module, arguments, dynamic_shapes=dynamic_shapes, strict=False)
+            if decompose:
+                program = program.run_decompositions(core_aten_decompositions())
             exported = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -71,7 +79,7 @@ def _simplify(model: onnx_ir.Model) -> None:
     fold_constants_ir(model, input_size_limit=MAX_FOLDED_ELEMENTS, output_size_limit=MAX_FOLDED_ELEMENTS)
     onnx_ir.passes.Sequential(
         passes.RemoveUnusedNodesPass(),
-        passes.RemoveUnusedFunctionsPass(),
+        passes.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
         passes.RemoveUnusedOpsetsPass(),
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         passes.DeduplicateInitializersPass(),

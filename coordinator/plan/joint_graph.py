@@ -18,7 +18,7 @@ from torch.export.exported_program import (
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from coordinator.plan.lowering import aten, torch_decompositions
+from coordinator.plan.lowering import MASK_OPERATORS, torch_decompositions
 from coordinator.plan.rejection import PlanRejected, explain
 from coordinator.plan.task import LossFunction, Task, accuracy
 
@@ -52,10 +52,9 @@ class JointGraph:
 
     Attributes:
         module: the graph; takes ``inputs`` and returns ``outputs``.
-        parameters: trained tensors by name, in the model's order.
+        parameters: trained tensors by name, in the model's order; the loss depends on each.
         buffers: tensors the forward pass changes, such as batch normalisation's statistics.
         constants: everything else the graph reads: frozen parameters, fixed tables.
-        has_gradient: for each parameter whether the loss depends on it.
         batch_normalised: whether a batch of one is impossible.
         dropouts: how many dropout masks one step draws.
     """
@@ -66,7 +65,6 @@ class JointGraph:
     parameters: dict[str, Tensor]
     buffers: dict[str, Tensor]
     constants: tuple[Tensor, ...]
-    has_gradient: tuple[bool, ...]
     batch_normalised: bool
     dropouts: int
 
@@ -166,8 +164,10 @@ def trace(task: Task) -> JointGraph:
 
 
 def _check_loss(module: LossModule, task: Task) -> None:
+    """Try the example batch, and freeze what the loss does not depend on: torch cannot trace that."""
+    probe = copy.deepcopy(module)
     try:
-        loss = copy.deepcopy(module)(task.tensors)[0]
+        loss = probe(task.tensors)[0]
     except Exception as error:
         raise PlanRejected(
             f"The model and loss fail on the example batch: {type(error).__name__}: {error}"
@@ -179,17 +179,19 @@ def _check_loss(module: LossModule, task: Task) -> None:
         )
     if not torch.isfinite(loss):
         raise PlanRejected(f"The loss of the example batch is {loss.item()}; it must be finite.")
+    trained = {name: parameter for name, parameter in probe.named_parameters() if parameter.requires_grad}
+    gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    for name, gradient in zip(trained, gradients, strict=True):
+        if gradient is None:
+            module.get_parameter(name).requires_grad_(requires_grad=False)
 
 
 def _read_signature(joint: ExportedProgram, model: torch.nn.Module) -> JointGraph:
     """Sort the graph's flat inputs and outputs by what they are."""
-    # A tensor with two names, such as a tied embedding, is known by the first.
-    first_names = {id(parameter): name for name, parameter in model.named_parameters()}
-    names = {name: first_names[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
     parameters = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    trained = {name: list(parameters).index(first) for name, first in names.items() if first in parameters}
+    trained = {name: index for index, name in enumerate(parameters)}
     inputs, buffers, constants = _read_inputs(joint, trained)
-    outputs, with_gradient = _read_outputs(joint, trained, list(buffers))
+    outputs = _read_outputs(joint, trained, list(buffers))
     operators = [node.target for node in joint.graph_module.graph.nodes]
     return JointGraph(
         module=joint.graph_module,
@@ -198,9 +200,8 @@ def _read_signature(joint: ExportedProgram, model: torch.nn.Module) -> JointGrap
         parameters=parameters,
         buffers=buffers,
         constants=constants,
-        has_gradient=tuple(index in with_gradient for index in range(len(parameters))),
-        batch_normalised=aten.native_batch_norm_backward.default in operators,
-        dropouts=operators.count(aten.native_dropout.default),
+        batch_normalised=torch.ops.aten.native_batch_norm_backward.default in operators,
+        dropouts=sum(map(operators.count, MASK_OPERATORS)),
     )
 
 
@@ -234,15 +235,10 @@ def _read_inputs(
     return tuple(slots), buffers, tuple(constants)
 
 
-def _read_outputs(
-    joint: ExportedProgram, trained: dict[str, int], buffers: list[str]
-) -> tuple[tuple[Slot, ...], set[int]]:
-    """What each output is, and which parameters have a gradient."""
-    results = joint.graph_module.graph.output_node().args[0]
-    assert isinstance(results, tuple | list)
+def _read_outputs(joint: ExportedProgram, trained: dict[str, int], buffers: list[str]) -> tuple[Slot, ...]:
+    """What each output is."""
     slots: list[Slot] = []
-    with_gradient: set[int] = set()
-    for specification, result in zip(joint.graph_signature.output_specs, results, strict=True):
+    for specification in joint.graph_signature.output_specs:
         name = (specification.target or "").removeprefix(_MODEL_PREFIX)
         if specification.kind is OutputKind.LOSS_OUTPUT:
             slots.append(Slot(Role.LOSS, 0))
@@ -250,15 +246,13 @@ def _read_outputs(
             slots.append(Slot(Role.METRIC, 0))
         elif specification.kind is OutputKind.GRADIENT_TO_PARAMETER:
             slots.append(Slot(Role.GRADIENT, trained[name]))
-            if result is not None:
-                with_gradient.add(trained[name])
         elif specification.kind is OutputKind.BUFFER_MUTATION:
             slots.append(Slot(Role.BUFFER, buffers.index(name)))
         else:
             raise PlanRejected(
                 f"The model has an output of kind {specification.kind.name}, which plans lack."
             )
-    return tuple(slots), with_gradient
+    return tuple(slots)
 
 
 def _value(joint: ExportedProgram, target: str) -> Tensor:

@@ -65,7 +65,7 @@ class OptimizerRecipe:
     def step(
         self,
         parameters: list[Tensor],
-        gradients: list[Tensor | None],
+        gradients: list[Tensor],
         state: dict[str, Tensor],
         learning_rate: Tensor,
     ) -> dict[str, Tensor]:
@@ -95,26 +95,31 @@ def _tensor_addcdiv() -> Iterator[None]:
         yield
 
 
-def read_optimizer(
-    optimizer: torch.optim.Optimizer, names: dict[int, str], has_gradient: tuple[bool, ...]
-) -> OptimizerRecipe:
+def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer that no plan can contain.
+
+    Raises:
+        PlanRejected: one step of it evaluates the loss itself.
+    """
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise PlanRejected(
+            f"{type(optimizer).__name__} evaluates the loss several times in one step, which a plan cannot; "
+            "use SGD, Adam, AdamW, Adagrad or RMSprop."
+        )
+
+
+def read_optimizer(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> OptimizerRecipe:
     """Take an optimizer apart.
 
     Args:
         optimizer: the task's.
         names: the trained parameters' names by ``id``, in order.
-        has_gradient: for each of them whether the loss depends on it; the others are never stepped.
 
     Raises:
-        PlanRejected: it needs a closure, or cannot be built again from its parameter groups.
+        PlanRejected: it cannot be built again from its parameter groups.
     """
     kind = type(optimizer)
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise PlanRejected(
-            f"{kind.__name__} evaluates the loss several times in one step, which a plan cannot; "
-            "use SGD, Adam, AdamW, Adagrad or RMSprop."
-        )
     index = {identity: position for position, identity in enumerate(names)}
     base = float(optimizer.param_groups[0]["lr"])
     groups = tuple(
@@ -128,7 +133,7 @@ def read_optimizer(
     bare = OptimizerRecipe(kind, tuple(group for group in groups if group.parameters), {}, ())
     parameters = [p for group in optimizer.param_groups for p in group["params"] if id(p) in index]
     parameters.sort(key=lambda parameter: index[id(parameter)])
-    return _with_state(bare, parameters, list(names.values()), has_gradient)
+    return _with_state(bare, parameters, list(names.values()))
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
@@ -139,15 +144,13 @@ def _settings(group: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _with_state(
-    bare: OptimizerRecipe, parameters: list[Tensor], names: list[str], has_gradient: tuple[bool, ...]
-) -> OptimizerRecipe:
+def _with_state(bare: OptimizerRecipe, parameters: list[Tensor], names: list[str]) -> OptimizerRecipe:
     """Learn which state tensors the optimizer keeps from one step with zero gradients on copies."""
     copies = [parameter.detach().clone() for parameter in parameters]
     try:
         optimizer = bare.make(copies, 1.0, traceable=False)
-        for parameter, stepped in zip(copies, has_gradient, strict=True):
-            parameter.grad = torch.zeros_like(parameter) if stepped else None
+        for parameter in copies:
+            parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
     except Exception as error:
         raise PlanRejected(

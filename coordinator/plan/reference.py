@@ -10,7 +10,6 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from coordinator.plan.joint_graph import LossModule, trained_copy
-from coordinator.plan.lowering import aten
 from coordinator.plan.rejection import PlanRejected
 from coordinator.plan.task import Task
 
@@ -48,15 +47,14 @@ class Reference:
         try:
             with _ReplayedMasks(masks):
                 loss = functional_call(self._module, state, (tuple(map(self._cast, tensors)),))[0]
-            found = torch.autograd.grad(loss, list(held.values()), allow_unused=True)
+            found = torch.autograd.grad(loss, list(held.values()))
         except Exception as error:
             raise PlanRejected(
                 f"Model and loss do not run in torch as {self._precision}, which the check of the gradients "
                 f"needs ({type(error).__name__}: {error}); keep constants in buffers, or cast them to the "
                 "output's dtype."
             ) from error
-        gradients = {name: value for name, value in zip(held, found, strict=True) if value is not None}
-        return Outcome(float(loss.detach()), gradients, moved)
+        return Outcome(float(loss.detach()), dict(zip(held, found, strict=True)), moved)
 
     def evaluate(self, parameters: Named, buffers: Named, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Output, loss and, if any, metric in evaluation mode."""
@@ -81,6 +79,6 @@ class _ReplayedMasks(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replace the draw of a mask; run everything else."""
-        if func is aten.bernoulli_.float:
+        if func is torch.ops.aten.bernoulli_.float:
             return args[0].copy_(next(self._masks))
         return func(*args, **(kwargs or {}))

@@ -91,6 +91,10 @@ def check_task(task: Task) -> None:
                 f"Parameter {name} is {parameter.dtype} on {parameter.device}; "
                 "plans need torch.float32 on the cpu."
             )
+    names: dict[int, str] = {}
+    for name, parameter in task.model.named_parameters(remove_duplicate=False):
+        if (first := names.setdefault(id(parameter), name)) != name:
+            raise PlanRejected(f"{first} and {name} are one parameter; plans cannot train shared parameters.")
     if task.learning_rate <= 0:
         raise PlanRejected(f"The optimizer's learning rate is {task.learning_rate}; it must be above zero.")
 

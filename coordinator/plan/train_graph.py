@@ -23,15 +23,11 @@ class TrainGraph:
         shipped: new state tensors ``name'``, ``loss`` and, if any, ``metric``.
         probed: in addition ``g.<parameter>`` gradients and ``mask.<i>`` dropout masks.
         outputs: names of the shipped outputs in order.
-        gradients: parameter names that have a gradient.
-        masks: how many dropout masks one step draws.
     """
 
     shipped: ModelProto
     probed: ModelProto
     outputs: tuple[str, ...]
-    gradients: tuple[str, ...]
-    masks: int
 
 
 class _Step(torch.nn.Module):
@@ -53,40 +49,35 @@ class _Step(torch.nn.Module):
         learning_rate: Tensor,
     ) -> tuple[tuple[Tensor, ...], ...]:
         """``(parameters', buffers', state', (loss, metric), gradients, masks)``."""
-        constants = tuple(self.get_buffer(f"constant_{index}") for index in range(len(self.joint.constants)))
         sources = {
             Role.PARAMETER: parameters,
             Role.BUFFER: buffers,
-            Role.CONSTANT: constants,
+            Role.CONSTANT: [self.get_buffer(f"constant_{i}") for i in range(len(self.joint.constants))],
             Role.TENSOR: tensors,
         }
         lowering = Lowering(self.joint.module)
         results = lowering.run(*[sources[slot.role][slot.index] for slot in self.joint.inputs])
-        found: dict[tuple[Role, int], Any] = {
+        found: dict[tuple[Role, int], Tensor] = {
             (slot.role, slot.index): result for slot, result in zip(self.joint.outputs, results, strict=True)
         }
-        gradients = [found.get((Role.GRADIENT, index)) for index in range(len(parameters))]
+        gradients = [found[Role.GRADIENT, index] for index in range(len(parameters))]
+        names = list(self.recipe.state)
         with torch.no_grad():
             stepped = [parameter.clone() for parameter in parameters]
-            names = list(self.recipe.state)
-            new_state = self.recipe.step(
-                stepped, gradients, dict(zip(names, state, strict=True)), learning_rate
-            )
+            old_state = dict(zip(names, state, strict=True))
+            new_state = self.recipe.step(stepped, gradients, old_state, learning_rate)
         return (
             tuple(stepped),
             tuple(found[Role.BUFFER, index] for index in range(len(buffers))),
             tuple(new_state[name] for name in names),
             tuple(found[role, 0] for role in (Role.LOSS, Role.METRIC) if (role, 0) in found),
-            tuple(gradient.clone() for gradient in gradients if gradient is not None),
+            tuple(gradient.clone() for gradient in gradients),
             tuple(lowering.dropout_masks),
         )
 
 
 def export_train_graph(
-    joint: JointGraph,
-    recipe: OptimizerRecipe,
-    tensors: tuple[Tensor, ...],
-    tensor_names: list[str],
+    joint: JointGraph, recipe: OptimizerRecipe, tensors: tuple[Tensor, ...], tensor_names: list[str]
 ) -> TrainGraph:
     """Export the step.
 
@@ -106,10 +97,9 @@ def export_train_graph(
     ]
     has_metric = any(slot.role is Role.METRIC for slot in joint.outputs)
     outputs = [*(f"{name}'" for name in state), "loss", *(["metric"] if has_metric else [])]
-    gradients = [name for name, present in zip(joint.parameters, joint.has_gradient, strict=True) if present]
-    probes = [*(f"g.{name}" for name in gradients), *(f"mask.{index}" for index in range(joint.dropouts))]
+    probes = [*(f"g.{name}" for name in joint.parameters), *(f"mask.{i}" for i in range(joint.dropouts))]
     groups = (tuple(joint.parameters.values()), tuple(joint.buffers.values()), tuple(recipe.state.values()))
-    still = tuple(tuple({} for _ in group) for group in groups)
+    still: tuple[Any, ...] = tuple(tuple({} for _ in group) for group in groups)
     probed = to_onnx(
         _Step(joint, recipe),
         (*groups, tensors, torch.tensor(1.0)),
@@ -117,4 +107,4 @@ def export_train_graph(
         [*state, *tensor_names, LEARNING_RATE],
         [*outputs, *probes],
     )
-    return TrainGraph(with_outputs(probed, outputs), probed, tuple(outputs), tuple(gradients), joint.dropouts)
+    return TrainGraph(with_outputs(probed, outputs), probed, tuple(outputs))

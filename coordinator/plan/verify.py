@@ -3,12 +3,13 @@
 The test is teacher-forced: at every step, torch gets the plan's own parameters, so that errors do not add up
 along a trajectory, where one flipped ReLU would hide or fake a wrong gradient. Four things are compared:
 
-1. gradients with float64 torch: of the shipped nodes, with the gradients made outputs (``TrainGraph.probed``);
+1. gradients with float64 torch: of the shipped nodes, with gradients made outputs (``TrainGraph.probed``);
 2. the step of the shipped graph itself with the task's torch optimizer, given those gradients;
 3. loss and new buffers of the shipped graph with torch;
 4. output and loss of the evaluation graph with torch in evaluation mode.
 """
 
+import copy
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -21,18 +22,19 @@ from torch import Tensor
 
 from coordinator.plan.evaluation_graph import OUTPUT, EvaluationGraph
 from coordinator.plan.export import with_outputs
-from coordinator.plan.joint_graph import JointGraph
-from coordinator.plan.optimizer_step import OptimizerRecipe
+from coordinator.plan.graphs import Graphs
+from coordinator.plan.joint_graph import LossModule
 from coordinator.plan.reference import Named, Outcome, Reference
 from coordinator.plan.rejection import PlanRejected
 from coordinator.plan.task import Task
-from coordinator.plan.train_graph import LEARNING_RATE, TrainGraph
+from coordinator.plan.train_graph import LEARNING_RATE
 from fedtide.wire.plan import Verified
 
 Arrays = dict[str, npt.NDArray[Any]]
 
 STEPS: Final = 20
 BATCH_SIZES: Final = (32, 32, 7, 1)
+MAX_DRAWS: Final = 20
 SMALLEST_NORMALISED_BATCH: Final = 5
 """Below this, a batch's own variance is so uncertain that float32 torch differs from float64 by percents."""
 LEARNING_RATE_FACTORS: Final = (1.0, 0.5, 1.0, 2.0)
@@ -51,16 +53,14 @@ VALUE_TOLERANCE: Final = 1e-5
 """Of losses, outputs and buffers, relative to one plus their size."""
 
 
-def verify(
-    task: Task, joint: JointGraph, recipe: OptimizerRecipe, train: TrainGraph, evaluation: EvaluationGraph
-) -> Verified:
+def verify(task: Task, graphs: Graphs) -> Verified:
     """Run :data:`STEPS` steps of the plan beside torch.
 
     Raises:
         PlanRejected: they disagree, or the loss does not stay finite; the text says where and by how much.
     """
-    comparison = _Comparison(task, joint, recipe, train)
-    smallest = SMALLEST_NORMALISED_BATCH if joint.batch_normalised else 1
+    comparison = _Comparison(task, graphs)
+    smallest = SMALLEST_NORMALISED_BATCH if graphs.joint.batch_normalised else 1
     errors = [comparison.step(step, tensors) for step, tensors in enumerate(_batches(task, smallest))]
     plan_errors, torch_errors = np.array(errors).T
     verified = Verified(
@@ -74,35 +74,36 @@ def verify(
         verified.median_gradient_error <= MEDIAN_GRADIENT_TOLERANCE and verified.max_gradient_error <= allowed
     ):
         raise PlanRejected(
-            f"The plan's gradients differ from float64 torch by {verified.median_gradient_error:.1e} (median) "
+            f"The gradients differ from float64 torch by {verified.median_gradient_error:.1e} (median) "
             f"and {verified.max_gradient_error:.1e} (most) of the largest gradient over {STEPS} steps; "
             f"{MEDIAN_GRADIENT_TOLERANCE:.0e} and {allowed:.1e} are allowed. "
             "A layer of this model or its loss is exported wrongly; use another one."
         )
-    comparison.check_evaluation(task, evaluation)
+    comparison.check_evaluation(task, graphs.evaluation)
     return verified
 
 
 class _Comparison:
     """The shipped graph's own trajectory, with torch beside it at every step."""
 
-    def __init__(self, task: Task, joint: JointGraph, recipe: OptimizerRecipe, train: TrainGraph) -> None:
-        self.train = train
+    def __init__(self, task: Task, graphs: Graphs) -> None:
+        joint, recipe = graphs.joint, graphs.recipe
         self.recipe = recipe
-        self.shipped = _session(train.shipped)
-        self.probed = _session(train.probed)
+        self.mask_count = joint.dropouts
+        self.shipped = _session(graphs.train.shipped)
+        self.probed = _session(graphs.train.probed)
         self.learning_rate = task.device_training.learning_rate
         self.precise = Reference(task, torch.float64)
         self.single = Reference(task, torch.float32)
         self.parameters = dict(joint.parameters)
         self.buffers = dict(joint.buffers)
         self.state = dict(recipe.state)
-        self.names = [f"x{index}" for index in range(len(task.inputs))] + ["y"]
+        self.names = graphs.tensor_names
         self.torch_parameters = [value.clone() for value in joint.parameters.values()]
         self.optimizer = recipe.make(self.torch_parameters, self.learning_rate, traceable=False)
 
     def step(self, number: int, tensors: tuple[Tensor, ...]) -> tuple[float, float]:
-        """Take one step; return the gradient errors of the plan and of float32 torch, both against float64."""
+        """Take one step; return the gradient errors of plan and float32 torch, both against float64."""
         factor = LEARNING_RATE_FACTORS[number % len(LEARNING_RATE_FACTORS)]
         feed = {
             **self._feed(tensors),
@@ -116,8 +117,8 @@ class _Comparison:
                 f"The loss became {float(after['loss'])} after {number} steps at learning rate "
                 f"{self.learning_rate}; lower the learning rate."
             )
-        gradients = {name: torch.from_numpy(probes[f"g.{name}"]) for name in self.train.gradients}
-        masks = [torch.from_numpy(probes[f"mask.{index}"]) for index in range(self.train.masks)]
+        gradients = {name: torch.from_numpy(probes[f"g.{name}"]) for name in self.parameters}
+        masks = [torch.from_numpy(probes[f"mask.{index}"]) for index in range(self.mask_count)]
         precise = self.precise.step(self.parameters, self.buffers, tensors, masks)
         single = self.single.step(self.parameters, self.buffers, tensors, masks)
         self._check_values(number, after, precise, single)
@@ -148,7 +149,7 @@ class _Comparison:
         return {
             **{f"p.{name}": value.numpy() for name, value in self.parameters.items()},
             **{f"b.{name}": value.numpy() for name, value in self.buffers.items()},
-            **{name: tensor.detach().numpy() for name, tensor in zip(self.names, tensors, strict=False)},
+            **{name: tensor.detach().numpy() for name, tensor in zip(self.names, tensors, strict=True)},
         }
 
     def _check_values(self, number: int, after: Arrays, precise: Outcome, single: Outcome) -> None:
@@ -166,7 +167,7 @@ class _Comparison:
             group["lr"] = self.learning_rate * factor * given.learning_rate_scale
         for held, (name, value) in zip(self.torch_parameters, self.parameters.items(), strict=True):
             held.copy_(value)
-            held.grad = gradients.get(name)
+            held.grad = gradients[name]
         self.optimizer.step()
         for held, (name, before) in zip(self.torch_parameters, self.parameters.items(), strict=True):
             error = _distance(torch.from_numpy(after[f"p.{name}'"]), held)
@@ -182,10 +183,15 @@ class _Comparison:
 def _batches(task: Task, smallest: int) -> Iterator[tuple[Tensor, ...]]:
     """Batches of changing size, rows drawn from the example with a fixed seed."""
     generator = torch.Generator().manual_seed(0)
+    module = LossModule(copy.deepcopy(task.model).eval(), task)
     for step in range(STEPS):
         size = max(smallest, BATCH_SIZES[step % len(BATCH_SIZES)])
-        rows = torch.randint(len(task.tensors[0]), (size,), generator=generator)
-        yield tuple(tensor.detach()[rows] for tensor in task.tensors)
+        for _ in range(MAX_DRAWS):
+            rows = torch.randint(len(task.tensors[0]), (size,), generator=generator)
+            tensors = tuple(tensor.detach()[rows] for tensor in task.tensors)
+            if torch.isfinite(module(tensors)[0]):  # a batch of ignored targets only has no mean
+                break
+        yield tensors
 
 
 def _session(model: ModelProto, initializers: Arrays | None = None) -> onnxruntime.InferenceSession:

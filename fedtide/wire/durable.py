@@ -4,15 +4,30 @@ import os
 from pathlib import Path
 
 
-def write_durably(path: Path, content: bytes) -> None:
-    """Write beside the file, sync, rename over it, sync the directory."""
+def write_durably(path: Path, content: bytes, *, sync: bool = True) -> None:
+    """Write beside the file, sync, rename over it, sync the directory.
+
+    Args:
+        path: the file.
+        content: all of it.
+        sync: False leaves the syncs out, for simulated devices whose disk need not survive anything.
+    """
     temporary = path.with_name(path.name + ".new")
     with temporary.open("wb") as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
     temporary.replace(path)
-    sync_directory(path.parent)
+    if sync:
+        sync_directory(path.parent)
+
+
+def remove_durably(path: Path, *, sync: bool = True) -> None:
+    """Remove a file, and make that durable. A file that is not there is fine."""
+    path.unlink(missing_ok=True)
+    if sync:
+        sync_directory(path.parent)
 
 
 def sync_directory(directory: Path) -> None:

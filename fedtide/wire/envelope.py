@@ -21,7 +21,7 @@ from fedtide.wire.ids import Counter, DeviceId, FleetId, ModelVersion, PlanId
 from fedtide.wire.signatures import SIGNATURE_BYTES, UPDATE_DOMAIN, PublicKey, SigningKey
 
 U64 = Annotated[
-    int, Meta(ge=0, lt=2**63)
+    int, Meta(ge=0, le=2**63 - 1)
 ]  # an unsigned 64-bit counter that SQLite's signed integers can hold
 MAX_HEADER_BYTES: Final = 8 * 1024
 _DIGESTED_BYTES: Final = 2 * MAX_HEADER_BYTES  # always holds the whole header and the signature
@@ -67,8 +67,8 @@ class UpdateHeader(Message, frozen=True, kw_only=True):
     fleet: FleetId
     plan: PlanId
     device: DeviceId
-    counter: Annotated[Counter, Meta(ge=0, lt=2**63)]
-    base_version: Annotated[ModelVersion, Meta(ge=0, lt=2**63)]
+    counter: Annotated[Counter, Meta(ge=0, le=2**63 - 1)]
+    base_version: Annotated[ModelVersion, Meta(ge=0, le=2**63 - 1)]
     base_sha256: bytes
     codec: str
     codec_parameters: dict[str, float] = {}

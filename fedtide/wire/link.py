@@ -212,6 +212,11 @@ class Reconnector:
 
     async def pause(self) -> float:
         """Wait a little after a connection was lost, so that a fleet does not return at one moment."""
+        # A TaskGroup that is cancelled while a child fails raises the child's error and forgets the
+        # cancellation (CPython issue 116720, fixed in 3.13); whoever catches LinkDown ends up here.
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise asyncio.CancelledError
         wait_s = full_jitter(0, self.broker.reconnect_min_s, self.broker.reconnect_max_s, self.rng)
         await asyncio.sleep(wait_s)
         return wait_s

@@ -82,6 +82,11 @@ class Head(Message, frozen=True, kw_only=True):
     issued: float
     expires: float
 
+    @property
+    def order(self) -> tuple[Epoch, ModelVersion]:
+        """Newer heads compare greater: by epoch, then by version."""
+        return self.epoch, self.version
+
 
 class CoordinatorState(Message, frozen=True, kw_only=True):
     """Whether the coordinator is there, and what it speaks. Its will says offline.

@@ -86,8 +86,8 @@ class PlanManifest(Message, frozen=True, kw_only=True):
         targets: the ``y`` input, or None when the loss takes the input itself.
         learning_rate_input: name of the train graph's scalar float32 learning-rate input.
         min_batch: smallest batch the train graph accepts (2 with batch normalisation).
-        train_outputs: names in order; ``name'`` replaces the state tensor ``name``; then ``loss`` and, if any,
-            ``metric``.
+        train_outputs: names in order; ``name'`` replaces the state tensor ``name``; then ``loss``; then, if
+            any, ``metric``.
         evaluation_state: names that the evaluation graph takes as external initializers.
         metric: name of the metric, or None. It is a mean over the batch's examples.
         optimizer: name of the torch optimizer the graph contains.
@@ -127,8 +127,8 @@ class PlanManifest(Message, frozen=True, kw_only=True):
 class Plan:
     """A manifest with its two graphs.
 
-    ``train``: one optimizer step. Inputs: the state tensors, ``x0`` …, ``y``, the learning rate; outputs as the
-    manifest lists. ``evaluation``: inputs ``x0`` …, ``y`` (zeros will do for inference); outputs ``out``,
+    ``train``: one optimizer step. Inputs: the state tensors, ``x0`` …, ``y``, the learning rate; outputs as
+    the manifest lists. ``evaluation``: inputs ``x0`` …, ``y`` (zeros will do for inference); outputs ``out``,
     ``loss`` and, if any, ``metric``; the current parameters are injected as initializers.
     """
 

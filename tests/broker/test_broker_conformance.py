@@ -29,6 +29,14 @@ def peer(broker, name, **options):
     return Peer((broker.host, broker.port), name, version=broker.mqtt_version, **options)
 
 
+def retained(broker, topic):
+    """What a new subscription to the topic gets at once, or None."""
+    with peer(broker, "pump-1") as device:
+        device.subscribe(topic, qos=0)
+        message = device.receive_soon()
+        return None if message is None else message.payload
+
+
 def test_a_device_pulls_retained_chunks_one_exact_topic_at_a_time(broker):
     content = np.random.default_rng(7).bytes(CHUNKS * CHUNK_BYTES)
     chunks = [content[start : start + CHUNK_BYTES] for start in range(0, len(content), CHUNK_BYTES)]
@@ -108,9 +116,8 @@ def test_a_restart_keeps_retained_messages_and_the_port(broker):
         coordinator.publish("fl/1/pumps/model/head", b"version 1", retain=True)
     broker.restart()
     assert broker.port == port
-    with peer(broker, "pump-1") as device:
-        device.subscribe("fl/1/pumps/model/head", qos=0)
-        assert device.receive().payload == b"version 1"
+    # NATS answers subscriptions before it has read its retained messages, and does not send them later.
+    assert any(retained(broker, "fl/1/pumps/model/head") == b"version 1" for _ in range(20))
 
 
 def test_an_emptied_broker_forgets_retained_messages_and_sessions(broker):

@@ -1,8 +1,9 @@
 """Every test with a ``codec`` argument runs on every entry of the table: a new codec needs no new test.
 
-What it does need is an entry in ``ERROR_BOUNDS``, and two golden files made once by other means than the codec
-itself: ``<codec>.bin``, the encoding of ``golden_delta()``, and ``<codec>.decoded.bin``, the little-endian
-float32 values it decodes to. No test writes them, and they never change: devices and journals hold such bytes.
+What it does need is an entry in ``ERROR_BOUNDS``, and two golden files made once by other means than the
+codec itself: ``<codec>.bin``, the encoding of ``golden_delta()``, and ``<codec>.decoded.bin``, the
+little-endian float32 values it decodes to. No test writes them, and they never change: devices and journals
+hold such bytes.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtide.wire.codecs import CODECS, Codec, NotFinite, WrongLength, get
@@ -143,6 +144,7 @@ def test_the_round_trip_error_is_within_the_bound(codec: Codec, size: int) -> No
 
 
 @every_codec
+@settings(deadline=None)  # a busy machine is no failure
 @given(delta=deltas | small_deltas)
 def test_the_round_trip_error_of_any_delta_is_within_the_bound(codec: Codec, delta: Vector) -> None:
     assert_within_bound(codec, delta)
@@ -302,6 +304,7 @@ def test_the_length_is_checked_before_anything_is_allocated(codec: Codec) -> Non
 
 
 @every_codec
+@settings(deadline=None)  # a busy machine is no failure
 @given(payload=st.binary(max_size=2000), size=st.integers(0, 600))
 def test_random_bytes_are_rejected_as_malformed_or_decode_to_finite_values(
     codec: Codec, payload: bytes, size: int
@@ -310,6 +313,7 @@ def test_random_bytes_are_rejected_as_malformed_or_decode_to_finite_values(
 
 
 @every_codec
+@settings(deadline=None)  # a busy machine is no failure
 @given(content=st.data(), size=st.sampled_from([1, 5, 256, 260]))
 def test_random_bytes_of_the_right_length_are_rejected_or_decode_to_finite_values(
     codec: Codec, content: st.DataObject, size: int

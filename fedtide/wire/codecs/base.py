@@ -20,7 +20,7 @@ class WrongLength(MalformedPayload):
 
 
 class NotFinite(MalformedPayload):
-    """The payload holds NaN or an infinity, or a scale outside the range in which values stay finite."""
+    """The payload holds NaN or an infinity, or a scale outside its codec's range."""
 
 
 class Codec(Protocol):

@@ -1,0 +1,75 @@
+"""Fetching a blob: subscribe to the retained chunks that are missing, a few at a time, and unsubscribe after.
+
+The device sets the pace, a broken transfer resumes where it stopped, and the broker never holds more for a
+device than a few chunks.
+"""
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Final
+
+from fedtide.wire.chunks import MAX_CHUNK_BYTES, check_ref, join_blob
+from fedtide.wire.ids import BlobId, FleetId
+from fedtide.wire.link import Connection
+from fedtide.wire.messages import BlobRef
+from fedtide.wire.topics import BLOB_CHUNK
+
+_OUTSTANDING: Final = 4
+_SILENCE_S: Final = 10.0
+
+
+class FetchFailed(Exception):
+    """The chunks did not come: the blob was cleared, or the broker lost it. A newer head names another."""
+
+
+@dataclass
+class Fetcher:
+    """Fetches one blob at a time and keeps its chunks across connections.
+
+    Attributes:
+        fleet: whose blobs.
+        max_bytes: larger blobs are refused.
+    """
+
+    fleet: FleetId
+    max_bytes: int
+    _blob: BlobId | None = None
+    _chunks: dict[int, bytes] = field(default_factory=dict)
+    _arrived: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def take(self, blob: str, index: int, payload: bytes) -> None:
+        """Take a delivered chunk; anything not asked for is ignored."""
+        if blob == self._blob and payload and len(payload) <= MAX_CHUNK_BYTES:
+            self._chunks[index] = payload
+            self._arrived.set()
+
+    async def fetch(self, connection: Connection, ref: BlobRef) -> bytes:
+        """The blob's content, checked.
+
+        Raises:
+            WireError: the reference or the content is wrong.
+            FetchFailed: nothing came for ten seconds.
+            LinkDown: the connection was lost; chunks that came are kept for the next attempt.
+        """
+        check_ref(ref, self.max_bytes)
+        if ref.id != self._blob:
+            self._blob, self._chunks = ref.id, {}
+        missing = [index for index in range(ref.chunks) if index not in self._chunks]
+        for start in range(0, len(missing), _OUTSTANDING):
+            await self._pull(connection, ref, missing[start : start + _OUTSTANDING])
+        chunks, self._blob, self._chunks = self._chunks, None, {}
+        return join_blob(ref, chunks)
+
+    async def _pull(self, connection: Connection, ref: BlobRef, indexes: list[int]) -> None:
+        names = [BLOB_CHUNK.name(self.fleet, blob=ref.id, index=index) for index in indexes]
+        # NATS keeps a consumer for every QoS 1 subscription and runs out of them (it speaks 3.1.1 only).
+        await connection.subscribe(names, qos=1 if connection.mqtt_version == "5" else 0)
+        try:
+            while any(index not in self._chunks for index in indexes):
+                self._arrived.clear()
+                async with asyncio.timeout(_SILENCE_S):
+                    await self._arrived.wait()
+        except TimeoutError:
+            raise FetchFailed(f"no chunk of blob {ref.id} came for {_SILENCE_S:g} s") from None
+        finally:
+            await connection.unsubscribe(names)

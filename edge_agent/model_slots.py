@@ -1,0 +1,119 @@
+"""Model slots: the device's copy of the global model, in two slots, so that one of them is always whole.
+
+    a/parameters a/head  b/parameters b/head  plans/{plan}.plan
+
+A slot's head is removed first and written last: a slot with a head is complete. What is loaded is verified
+again: signature, fingerprint, plan.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from fedtide.wire.durable import remove_durably, write_durably
+from fedtide.wire.errors import WireError
+from fedtide.wire.ids import PlanId
+from fedtide.wire.messages import Head
+from fedtide.wire.parameters import Vector, fingerprint, from_bytes
+from fedtide.wire.plan import Plan, open_plan
+from fedtide.wire.seal import unseal
+from fedtide.wire.signatures import HEAD_DOMAIN, PublicKey
+
+log = logging.getLogger(__name__)
+
+_SLOTS: Final = ("a", "b")
+
+
+@dataclass(frozen=True)
+class InstalledModel:
+    """A complete, verified model.
+
+    Attributes:
+        head: what it is.
+        plan: how to train and run it.
+        parameters: read-only float32 vector of the plan's schema.
+    """
+
+    head: Head
+    plan: Plan
+    parameters: Vector
+
+
+class WrongModel(Exception):
+    """Content that does not belong to its head."""
+
+
+class ModelSlots:
+    """Two slots on disk.
+
+    Args:
+        directory: made if it is not there.
+        key: the coordinator's, pinned.
+        sync: False for simulated devices.
+    """
+
+    def __init__(self, directory: Path, key: PublicKey, *, sync: bool = True) -> None:
+        for name in (*_SLOTS, "plans"):
+            (directory / name).mkdir(parents=True, exist_ok=True)
+        self._directory = directory
+        self._key = key
+        self._sync = sync
+        self._active: str | None = None
+
+    def newest(self) -> InstalledModel | None:
+        """The newest whole model on disk, or None."""
+        found = [(slot, model) for slot in _SLOTS if (model := self._load(slot)) is not None]
+        if not found:
+            return None
+        self._active, model = max(found, key=lambda pair: pair[1].head.order)
+        return model
+
+    def plan_blob(self, plan: PlanId) -> bytes | None:
+        """A plan's blob, if it is here."""
+        file = self._plan_file(plan)
+        return file.read_bytes() if file.exists() else None
+
+    def install(self, sealed_head: bytes, head: Head, plan_blob: bytes, content: bytes) -> InstalledModel:
+        """Verify a fetched model and write it to the slot that is not in use.
+
+        Raises:
+            WrongModel: parameters or plan are not the head's.
+            WireError: the plan is malformed or not signed.
+        """
+        model = _checked(head, open_plan(plan_blob, self._key), content)
+        if self.plan_blob(head.plan) != plan_blob:
+            write_durably(self._plan_file(head.plan), plan_blob, sync=self._sync)
+        slot = "b" if self._active == "a" else "a"
+        remove_durably(self._directory / slot / "head", sync=self._sync)
+        write_durably(self._directory / slot / "parameters", content, sync=self._sync)
+        write_durably(self._directory / slot / "head", sealed_head, sync=self._sync)
+        self._active = slot
+        return model
+
+    def _load(self, slot: str) -> InstalledModel | None:
+        try:
+            sealed = (self._directory / slot / "head").read_bytes()
+            head = unseal(sealed, Head, self._key, HEAD_DOMAIN)
+            plan = open_plan(self._plan_file(head.plan).read_bytes(), self._key)
+            return _checked(head, plan, (self._directory / slot / "parameters").read_bytes())
+        except FileNotFoundError:
+            return None
+        except (WireError, WrongModel) as error:
+            log.warning("Slot %s is not usable: %s", slot, error, extra={"event": "slot.damaged"})
+            return None
+
+    def _plan_file(self, plan: PlanId) -> Path:
+        # A head is signed, but a name from the network never becomes a path unchecked.
+        return self._directory / "plans" / f"{bytes.fromhex(plan).hex()}.plan"
+
+
+def _checked(head: Head, plan: Plan, content: bytes) -> InstalledModel:
+    if plan.id != head.plan:
+        raise WrongModel(f"the plan is {plan.id}; the head names {head.plan}")
+    if len(content) != plan.manifest.schema.size * 4:
+        raise WrongModel(f"{len(content):,} bytes of parameters; the plan has {plan.manifest.schema.size:,}")
+    parameters = from_bytes(content)
+    if fingerprint(parameters) != head.parameters_sha256:
+        raise WrongModel(f"the parameters do not have the fingerprint of version {head.version}")
+    return InstalledModel(head, plan, parameters)

@@ -1,0 +1,47 @@
+"""Errors that people can act on are shown as one sentence; everything else keeps its traceback."""
+
+import sqlite3
+import sys
+from collections.abc import Callable
+from typing import Final
+
+import click
+
+from fedtide.wire.errors import WireError
+from fedtide.wire.settings import SettingsError
+
+# By name, so that showing an error never imports the coordinator's packages on a device.
+_EXPLAINED: Final = frozenset(
+    {
+        "AlreadyRunning",
+        "BrokerMissing",
+        "BrokerNotReady",
+        "DamagedPlanFile",
+        "DataError",
+        "DemoFailed",
+        "FleetExists",
+        "JournalDamaged",
+        "KeyConflict",
+        "PlanRefused",
+        "PlanRejected",
+        "ReplayMismatch",
+        "RosterFull",
+        "TaskError",
+    }
+)
+_BASES: Final = (SettingsError, WireError, FileNotFoundError, PermissionError, sqlite3.OperationalError)
+
+
+def explained(command: Callable[[], None]) -> Callable[[], None]:
+    """The command, with the errors above shown as ``Error: …`` and exit code 1."""
+
+    def run() -> None:
+        try:
+            command()
+        except Exception as error:
+            if not isinstance(error, _BASES) and type(error).__name__ not in _EXPLAINED:
+                raise
+            click.echo(f"Error: {error}", err=True)
+            sys.exit(1)
+
+    return run

@@ -1,0 +1,55 @@
+"""Making a coordinator from a fleet's directory. Needs the ``coordinator`` extra, but not torch."""
+
+from coordinator.plan.file import BuiltPlan, load
+from coordinator.recovery import Recovered, recover
+from coordinator.service import CoordinatorService, Evaluate
+from coordinator.settings import CoordinatorSettings
+from edge_agent.data_sources import Npz
+from edge_agent.plan_runtime import Evaluation, Evaluator
+from fedtide.fleet_directory import FleetDirectory
+from fedtide.wire.link import Traffic
+from fedtide.wire.mqtt import MqttDialler
+from fedtide.wire.parameters import Vector
+
+
+def open_coordinator(
+    directory: FleetDirectory, settings: CoordinatorSettings, traffic: Traffic
+) -> tuple[CoordinatorService, Recovered]:
+    """Recover the fleet's state and put a service around it. Close what was recovered after its run.
+
+    Raises:
+        FileNotFoundError, DamagedPlanFile: there is no usable plan.
+        AlreadyRunning, JournalDamaged, ReplayMismatch: the state cannot be used.
+        DataError: the held-out examples do not fit the plan.
+    """
+    plan = load(settings.plan)
+    key = directory.key()
+    evaluate = held_out_evaluation(settings, plan)
+    recovered = recover(directory.state, settings, plan)
+    service = CoordinatorService(
+        settings,
+        plan=plan,
+        key=key,
+        directory=directory.path,
+        recovered=recovered,
+        dial=MqttDialler(settings.broker, traffic),
+        evaluate=evaluate,
+    )
+    return service, recovered
+
+
+def held_out_evaluation(settings: CoordinatorSettings, plan: BuiltPlan) -> Evaluate | None:
+    """The evaluation the settings ask for: the device's own runtime, on held-out examples.
+
+    Raises:
+        DataError: the examples do not fit the plan.
+    """
+    if settings.evaluation is None:
+        return None
+    dataset = Npz(path=settings.evaluation.data).load(plan.plan.manifest)
+    evaluator = Evaluator(plan.plan)
+
+    def evaluate(parameters: Vector) -> Evaluation:
+        return evaluator.evaluate(parameters, dataset)
+
+    return evaluate

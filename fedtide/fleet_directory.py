@@ -1,0 +1,151 @@
+"""A fleet's directory: what ``fedtide init`` makes and every operator command works on.
+
+coordinator.toml  keys/coordinator.key  roster/  pending/  broker/  model.plan  state/  status.json
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from broker_config.access import mosquitto_acl
+from broker_config.mosquitto import development
+from coordinator.settings import CoordinatorSettings
+from fedtide.wire import ids
+from fedtide.wire.settings import load
+from fedtide.wire.signatures import PublicKey, SigningKey
+
+
+class FleetExists(Exception):
+    """The directory holds a fleet already; nothing is overwritten."""
+
+
+@dataclass(frozen=True)
+class FleetDirectory:
+    """Names of the places in a fleet's directory."""
+
+    path: Path
+
+    @property
+    def settings_file(self) -> Path:
+        """``coordinator.toml``."""
+        return self.path / "coordinator.toml"
+
+    @property
+    def key_file(self) -> Path:
+        """The coordinator's private key."""
+        return self.path / "keys" / "coordinator.key"
+
+    @property
+    def roster(self) -> Path:
+        """Public keys of the enrolled devices."""
+        return self.path / "roster"
+
+    @property
+    def pending(self) -> Path:
+        """Public keys that unknown devices have shown."""
+        return self.path / "pending"
+
+    @property
+    def state(self) -> Path:
+        """Journal, models and snapshots."""
+        return self.path / "state"
+
+    @property
+    def status_file(self) -> Path:
+        """Written by a running coordinator."""
+        return self.path / "status.json"
+
+    def settings(self) -> CoordinatorSettings:
+        """Read ``coordinator.toml``.
+
+        Raises:
+            SettingsError: it is missing or wrong.
+        """
+        return load(self.settings_file, CoordinatorSettings)
+
+    def key(self) -> SigningKey:
+        """Read the coordinator's key.
+
+        Raises:
+            FileNotFoundError, ValueError: it is missing or not a key.
+        """
+        return SigningKey.load(self.key_file)
+
+
+def create(path: Path, fleet: str, broker: str) -> tuple[FleetDirectory, PublicKey]:
+    """Make a new fleet: settings with every default shown, a key, and the broker's files.
+
+    Args:
+        path: the directory; made if it is not there.
+        fleet: its id.
+        broker: ``host:port``.
+
+    Raises:
+        FleetExists: there is one already.
+        MalformedId: the fleet's name cannot be one.
+    """
+    name = ids.fleet_id(fleet)
+    directory = FleetDirectory(path)
+    if directory.settings_file.exists():
+        raise FleetExists(f"{path} holds a fleet already; choose another directory")
+    for place in (directory.key_file.parent, directory.roster, path / "broker"):
+        place.mkdir(parents=True, exist_ok=True)
+    directory.key_file.parent.chmod(0o700)
+    key = SigningKey.generate()
+    key.save(directory.key_file)
+    directory.settings_file.write_text(_SETTINGS.format(fleet=name, broker=broker))
+    port = int(broker.rpartition(":")[2])
+    (path / "broker" / "mosquitto.conf").write_text(development(port))
+    (path / "broker" / "access.acl").write_text(mosquitto_acl(name))
+    return directory, key.public
+
+
+_SETTINGS = """\
+# The coordinator's settings. Lines that are commented out show the defaults.
+fleet = "{fleet}"
+plan = "model.plan"              # made by: fedtide plan build TASK.py
+# flush_after_s = 60.0           # aggregate a partly full buffer after this long
+# open_enrolment = false         # accept the first key any device shows; for trials only
+
+[broker]
+hosts = ["{broker}"]
+# username = "coordinator"
+# password = "…"
+# [broker.tls]
+# authority = "tls/authority.pem"
+# certificate = "tls/coordinator.pem"
+# key = "tls/coordinator.key"
+
+[aggregator]                     # fedbuff (goal), fedasync (mixing) or fedavg (cohort)
+kind = "fedbuff"
+goal = 10                        # updates per model version
+
+[staleness]                      # constant, polynomial, hinge, exponential, cutoff
+kind = "polynomial"
+exponent = 0.5
+
+[server_optimizer]               # sgd, momentum, adam, yogi
+kind = "sgd"
+learning_rate = 1.0
+
+[publish]
+min_interval_s = 1.0
+# every_versions = 1
+# keep_versions = 100            # an update may start from any of so many published versions
+
+[update]
+codec = "q8"                     # float32, float16, q8
+# weight_by_examples = false
+
+# [evaluation]                   # held-out examples on the coordinator's side
+# data = "held-out.npz"
+# every_versions = 1
+
+# [stop]                         # the first that holds
+# versions = 1000
+# updates = 10000
+# metric = 0.95
+# seconds = 3600.0
+
+# [metrics]                      # Prometheus
+# port = 9464
+"""

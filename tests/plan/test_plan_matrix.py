@@ -1,0 +1,114 @@
+"""Layers and optimizers of many kinds. Building verifies the gradients, so a build is the test."""
+
+import pytest
+import torch
+from torch import nn
+
+from coordinator.plan.build import build
+from coordinator.plan.task import Task
+from edge_agent.plan_guard import check
+
+pytestmark = pytest.mark.long
+
+
+class Transformer(nn.Module):
+    """Tokens, one encoder layer with dropout, mean, classes."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(50, 16)
+        self.encoder = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.1, batch_first=True)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, tokens):
+        return self.head(self.encoder(self.embedding(tokens)).mean(1))
+
+
+class Recurrent(nn.Module):
+    """A GRU over 6 readings of 3 sensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(3, 8, batch_first=True)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.gru(x)[0][:, -1])
+
+
+def cnn(*norm):
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), *norm, nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(128, 4)
+    )
+
+
+MODELS = {
+    "mlp": lambda: (nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(16, 12)),
+    "cnn": lambda: (cnn(), torch.randn(16, 1, 8, 8)),
+    "cnn_group_norm": lambda: (cnn(nn.GroupNorm(2, 8)), torch.randn(16, 1, 8, 8)),
+    "cnn_batch_norm": lambda: (cnn(nn.BatchNorm2d(8)), torch.randn(16, 1, 8, 8)),
+    "cnn_dropout": lambda: (cnn(nn.Dropout2d(0.25)), torch.randn(16, 1, 8, 8)),
+    "cnn_1d": lambda: (
+        nn.Sequential(
+            nn.Conv1d(3, 8, 5, stride=2, dilation=2),
+            nn.SiLU(),
+            nn.AvgPool1d(2),
+            nn.Flatten(),
+            nn.Linear(32, 4),
+        ),
+        torch.randn(16, 3, 24),
+    ),
+    "depthwise": lambda: (
+        nn.Sequential(
+            nn.Conv2d(4, 4, 3, groups=4),
+            nn.ReLU6(),
+            nn.Conv2d(4, 8, 1, groups=2),
+            nn.Flatten(),
+            nn.Linear(288, 4),
+        ),
+        torch.randn(16, 4, 8, 8),
+    ),
+    "transposed": lambda: (
+        nn.Sequential(
+            nn.ConvTranspose2d(2, 3, 4, stride=2, padding=1), nn.Sigmoid(), nn.Flatten(), nn.Linear(192, 4)
+        ),
+        torch.randn(16, 2, 4, 4),
+    ),
+    "transformer": lambda: (Transformer(), torch.randint(0, 50, (16, 5))),
+    "gru": lambda: (Recurrent(), torch.randn(16, 6, 3)),
+}
+OPTIMIZERS = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.05),
+    "momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.02, momentum=0.9, weight_decay=1e-4),
+    "nesterov": lambda parameters: torch.optim.SGD(parameters, lr=0.02, momentum=0.9, nesterov=True),
+    "adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
+    "rmsprop": lambda parameters: torch.optim.RMSprop(parameters, lr=1e-3),
+    "adagrad": lambda parameters: torch.optim.Adagrad(parameters, lr=1e-2),
+}
+WIDE = [
+    (model, optimizer, loss)
+    for model in ("mlp", "cnn")
+    for optimizer in ("sgd", "momentum", "adamw")
+    for loss in ("cross_entropy", "mse")
+]
+DEEP = [(model, "momentum", "cross_entropy") for model in MODELS if model not in {"mlp", "cnn"}]
+OTHER = [("mlp", optimizer, "cross_entropy") for optimizer in ("nesterov", "adam", "rmsprop", "adagrad")]
+
+
+@pytest.mark.parametrize(("model_name", "optimizer_name", "loss_name"), [*WIDE, *DEEP, *OTHER])
+def test_gradients_agree_with_float64_torch(model_name, optimizer_name, loss_name):
+    torch.manual_seed(0)
+    model, x = MODELS[model_name]()
+    classes = loss_name == "cross_entropy"
+    targets = torch.randint(0, 4, (16,)) if classes else torch.randn(16, 4)
+    loss = nn.CrossEntropyLoss() if classes else nn.MSELoss()
+    optimizer = OPTIMIZERS[optimizer_name](model.parameters())
+    built = build(Task(model, loss, optimizer, (x, targets), model_name, "accuracy" if classes else None))
+    check(built.plan)
+    verified = built.plan.manifest.verified
+    print(
+        f"{model_name} {optimizer_name} {loss_name}: median {verified.median_gradient_error:.1e}, "
+        f"max {verified.max_gradient_error:.1e}, float32 torch max {verified.torch_float32_max_error:.1e}"
+    )
+    assert verified.median_gradient_error <= 2e-6

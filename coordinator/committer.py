@@ -106,7 +106,7 @@ class Committer:
         self._work.set()
 
     async def run(self) -> None:
-        """Judge and commit. An exception means that this process is broken; nothing uncommitted has left it."""
+        """Judge and commit. An exception means: this process is broken. Nothing uncommitted has left it."""
         while not self._finishing:
             await self._work.wait()
             self._work.clear()

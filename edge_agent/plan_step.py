@@ -82,9 +82,8 @@ class Stepper:
     ) -> None:
         """One optimizer step on these rows, from the state of ``side``."""
         for array, batch in zip(arrays, self._batch, strict=True):
-            array.take(
-                rows, axis=0, out=batch, mode="clip"
-            )  # rows are in range; "raise" would copy once more
+            # The rows are in range; mode "raise" would copy every batch once more.
+            array.take(rows, axis=0, out=batch, mode="clip")
         watchdog.steps += 1
         try:
             self._session.run_with_iobinding(self._bindings[side], watchdog.options)

@@ -1,5 +1,6 @@
 """Making a coordinator from a fleet's directory. Needs the ``coordinator`` extra, but not torch."""
 
+from coordinator.metrics import serve_metrics
 from coordinator.plan.file import BuiltPlan, load
 from coordinator.recovery import Recovered, recover
 from coordinator.service import CoordinatorService, Evaluate
@@ -36,6 +37,37 @@ def open_coordinator(
         evaluate=evaluate,
     )
     return service, recovered
+
+
+async def serve(directory: FleetDirectory, settings: CoordinatorSettings) -> str | None:
+    """Run the coordinator; the stop condition that held, or None after a signal.
+
+    Raises:
+        As :func:`open_coordinator`.
+    """
+    service, recovered = open_coordinator(directory, settings, Traffic())
+    stop_metrics = (
+        serve_metrics(settings.metrics, lambda: service.status("running")) if settings.metrics else None
+    )
+    try:
+        return await service.run()
+    finally:
+        if stop_metrics:
+            stop_metrics()
+        recovered.close()
+
+
+def check(directory: FleetDirectory, settings: CoordinatorSettings) -> str:
+    """One sentence that says that everything a run needs is there.
+
+    Raises:
+        As :func:`open_coordinator`, but for what only the journal can tell.
+    """
+    plan = load(settings.plan)
+    directory.key()
+    held_out_evaluation(settings, plan)
+    size = plan.plan.manifest.schema.size
+    return f"Fleet {settings.fleet!r}: settings, key and plan {plan.plan.id} ({size:,} parameters) are good."
 
 
 def held_out_evaluation(settings: CoordinatorSettings, plan: BuiltPlan) -> Evaluate | None:

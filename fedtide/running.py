@@ -70,12 +70,10 @@ async def _tell_systemd() -> None:
 
 
 def notify(message: str) -> None:
-    """Send one message of systemd's notification protocol (sd_notify(3)); nothing where there is no systemd."""
+    """Send one message of systemd's protocol (sd_notify(3)); nothing where there is no systemd."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
     name = "\0" + address[1:] if address.startswith("@") else address
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
         channel.sendto(message.encode(), name)
-
-

@@ -49,6 +49,7 @@ def assemble(task: Task, graphs: Graphs) -> BuiltPlan:
     _check_operators(graphs)
     _check_inputs(graphs)
     manifest = _manifest(task, graphs, verify(task, graphs))
+    _check_evaluation_state(manifest)
     plan = Plan(
         manifest, graphs.train.shipped.SerializeToString(), graphs.evaluation.model.SerializeToString()
     )
@@ -128,6 +129,15 @@ def _check_inputs(graphs: Graphs) -> None:
     }
     if present != wanted:
         raise PlanRejected(f"The exported graph has other inputs than the step: {sorted(present ^ wanted)}.")
+
+
+def _check_evaluation_state(manifest: PlanManifest) -> None:
+    aggregated = {tensor.name for tensor in manifest.schema.tensors}
+    if local := sorted(set(manifest.evaluation_state) - aggregated):
+        raise PlanRejected(
+            f"In evaluation the model reads {', '.join(local)}, which training changes but which is not "
+            "float32, so it is not aggregated; make it float32."
+        )
 
 
 def _check_size(plan: Plan) -> None:

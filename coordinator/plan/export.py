@@ -18,6 +18,7 @@ from coordinator.plan.rejection import PlanRejected, explain
 
 OPSET: Final = 20
 MAX_FOLDED_ELEMENTS: Final = 8192
+"""Constants up to this size are computed at build time; larger ones would make the plan larger."""
 MIN_ONNXRUNTIME: Final = "1.23"
 """Opset 20 needs 1.17; older than 1.23 is not tested and checks external data less strictly."""
 

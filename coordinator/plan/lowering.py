@@ -154,7 +154,6 @@ LOWERINGS: Final[dict[Any, Callable[..., Any]]] = {
     aten.native_group_norm.default: decomposition_table[aten.native_group_norm.default],
 }
 
-
 MASK_OPERATORS: Final = (aten.native_dropout.default, aten.bernoulli.p)
 """What draws a dropout mask."""
 

@@ -91,6 +91,8 @@ def check_task(task: Task) -> None:
                 f"Parameter {name} is {parameter.dtype} on {parameter.device}; "
                 "plans need torch.float32 on the cpu."
             )
+    if isinstance(task.loss, torch.nn.Module) and any(p.requires_grad for p in task.loss.parameters()):
+        raise PlanRejected("The loss has parameters of its own to train; make them part of the model.")
     names: dict[int, str] = {}
     for name, parameter in task.model.named_parameters(remove_duplicate=False):
         if (first := names.setdefault(id(parameter), name)) != name:

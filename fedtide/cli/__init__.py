@@ -1,27 +1,34 @@
 """The ``fedtide`` command."""
 
 import importlib
-
-from typing import Final
+from typing import Final, NamedTuple
 
 import click
 
 from fedtide import __version__
 from fedtide.cli.errors import explained
 
-# Commands are imported when they are called: an agent starts without the coordinator's packages, and without torch.
+
+class _Command(NamedTuple):
+    """Where a command is, which extra brings its packages, and what it does."""
+
+    module: str
+    extra: str
+    summary: str
+
+
+# Imported only when called: an agent starts without the coordinator's packages, and nothing waits for torch.
 _COMMANDS: Final = {
-    "init": ("fedtide.cli.fleet", "init"),
-    "enrol": ("fedtide.cli.fleet", "enrol"),
-    "plan": ("fedtide.cli.plan", "plan"),
-    "coordinator": ("fedtide.cli.coordinator", "coordinator"),
-    "agent": ("fedtide.cli.agent", "agent"),
-    "status": ("fedtide.cli.status", "status"),
-    "watch": ("fedtide.cli.status", "watch"),
-    "demo": ("fedtide.cli.demo", "demo"),
+    "demo": _Command("demo", "demo", "See a simulated fleet train on real data."),
+    "init": _Command("fleet", "coordinator", "Make a new fleet: settings, key, broker files."),
+    "plan": _Command("plan", "plan", "Build and show training plans."),
+    "coordinator": _Command("coordinator", "coordinator", "Run the coordinator."),
+    "enrol": _Command("fleet", "coordinator", "Accept a device into the fleet."),
+    "status": _Command("status", "coordinator", "Show the fleet once."),
+    "watch": _Command("status", "coordinator", "Show the fleet until Ctrl-C."),
+    "agent": _Command("agent", "", "Set up and run the edge agent of a device."),
 }
-_EXTRAS: Final = {"plan": "plan", "coordinator": "coordinator", "status": "coordinator", "watch": "coordinator",
-                  "init": "coordinator", "enrol": "coordinator", "demo": "demo"}  # fmt: skip
+_OUR_PACKAGES: Final = {"fedtide", "coordinator", "edge_agent", "broker_config"}
 
 
 class LazyGroup(click.Group):
@@ -31,21 +38,26 @@ class LazyGroup(click.Group):
         """Names in the order in which they are used."""
         return list(_COMMANDS)
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        """List the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, command.summary) for name, command in _COMMANDS.items()])
+
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         """Import a command; where its packages are missing, say which extra brings them."""
-        if cmd_name not in _COMMANDS:
+        place = _COMMANDS.get(cmd_name)
+        if place is None:
             return None
-        module, name = _COMMANDS[cmd_name]
         try:
-            command: click.Command = getattr(importlib.import_module(module), name)
+            module = importlib.import_module(f"fedtide.cli.{place.module}")
         except ModuleNotFoundError as error:
-            extra = _EXTRAS.get(cmd_name)
-            if extra is None or (error.name or "").split(".")[0] in {"fedtide", "coordinator", "edge_agent"}:
+            if not place.extra or (error.name or "").split(".")[0] in _OUR_PACKAGES:
                 raise
             raise click.ClickException(
                 f"fedtide {cmd_name} needs the package {error.name!r}, which is not installed.\n"
-                f"Install it with: pip install 'fedtide[{extra}]'"
+                f"Install it with: pip install 'fedtide[{place.extra}]'"
             ) from error
+        command: click.Command = getattr(module, cmd_name)
         return command
 
 
@@ -56,14 +68,11 @@ def command() -> None:
 
     \b
     See it work first:   fedtide demo
-    Run a coordinator:   fedtide init FLEET_DIR; fedtide plan build TASK.py; fedtide coordinator run
-    Run a device:        fedtide agent init …; fedtide agent run
+    Run a coordinator:   fedtide init DIR, fedtide plan build TASK.py, fedtide coordinator run
+    Run a device:        fedtide agent init DIR …, fedtide agent run
     """
 
 
 def main() -> None:
     """Entry point: exit code 0 on success, 1 on an explained failure, 2 on wrong usage."""
     explained(command)()
-
-
-

@@ -56,7 +56,9 @@ def show(file: Path, *, as_json: bool) -> None:
         "name": manifest.name,
         "parameters": f"{manifest.schema.size:,} in {len(manifest.schema.tensors)} tensors",
         "inputs": ", ".join(f"{spec.name} {spec.dtype} {_shape(spec.shape)}" for spec in manifest.inputs),
-        "targets": f"{manifest.targets.dtype} {_shape(manifest.targets.shape)}" if manifest.targets else "none",
+        "targets": f"{manifest.targets.dtype} {_shape(manifest.targets.shape)}"
+        if manifest.targets
+        else "none",
         "optimizer": f"{manifest.optimizer}, learning rate {training.learning_rate:g}",
         "training": f"{training.local_epochs} local epochs, batches of {training.batch_size}",
         "metric": manifest.metric or "none",

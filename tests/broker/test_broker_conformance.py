@@ -1,14 +1,19 @@
 """What fedtide needs of a broker, asked of each one that can be installed."""
 
+import contextlib
+import time
+
 import numpy as np
 import pytest
-from broker_peer import Peer, Will
+from broker_peer import Peer, Refused, Will
 
 from broker_config.local import available_brokers, free_port, start_local_broker
 from broker_config.nats import embedded
 
 CHUNK_BYTES = 122_880
 CHUNKS = 9
+RECONNECTS = 50
+RECONNECT_S = 0.1
 
 
 @pytest.fixture(
@@ -25,8 +30,20 @@ def broker(request, tmp_path_factory):
         yield started
 
 
+@contextlib.contextmanager
 def peer(broker, name, **options):
-    return Peer((broker.host, broker.port), name, version=broker.mqtt_version, **options)
+    with contextlib.ExitStack() as stack:
+        for attempts_left in range(RECONNECTS, -1, -1):
+            # NATS hangs up on a name whose last connection it has not finished with; devices try again.
+            try:
+                joined = Peer((broker.host, broker.port), name, version=broker.mqtt_version, **options)
+                stack.enter_context(joined)
+                break
+            except Refused:
+                if attempts_left == 0 or broker.kind != "nats":
+                    raise
+                time.sleep(RECONNECT_S)
+        yield joined
 
 
 def retained(broker, topic):

@@ -3,8 +3,8 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import autoencoder_task, mlp_task
 from onnx import ModelProto, helper, numpy_helper
+from plan_tasks import autoencoder_task, mlp_task
 from torch import nn
 
 from coordinator.plan.rejection import PlanRejected

@@ -132,13 +132,11 @@ def test_a_large_graph_is_refused_unread():
 
 
 def test_every_truncation_is_refused(mlp):
+    # The graph is one field of the model and its largest; behind it stand a few bytes of operator sets.
     graph = mlp.plan.train
-    # A cut between two top-level fields leaves a valid message; the graph itself is one field of it.
-    begin, end = graph.index(b"plan"), len(graph) - len(graph) // 50
-    for length in range(0, end, 7):
-        if length < begin or length < end:
-            with pytest.raises(PlanRefused):
-                check_graph(graph[:length], NOTHING)
+    for length in range(0, len(graph) - 50, 7):
+        with pytest.raises(PlanRefused):
+            check_graph(graph[:length], NOTHING)
 
 
 @given(st.binary(max_size=300))

@@ -112,3 +112,52 @@ def test_gradients_agree_with_float64_torch(model_name, optimizer_name, loss_nam
         f"max {verified.max_gradient_error:.1e}, float32 torch max {verified.torch_float32_max_error:.1e}"
     )
     assert verified.median_gradient_error <= 2e-6
+
+
+class TwoInputs(nn.Module):
+    """A reading and a room number; a fixed table, a frozen layer and a layer that is never used."""
+
+    def __init__(self):
+        super().__init__()
+        self.reading = nn.Linear(5, 8)
+        self.room = nn.Embedding(10, 8)
+        self.frozen = nn.Linear(8, 8).requires_grad_(requires_grad=False)
+        self.unused = nn.Linear(2, 2)
+        self.head = nn.Linear(8, 4)
+        self.register_buffer("table", torch.linspace(0, 1, 8))
+
+    def forward(self, reading, room):
+        return self.head(torch.tanh(self.frozen(self.reading(reading) + self.room(room) * self.table)))
+
+
+def test_what_is_not_trained_stays_out_of_the_schema():
+    torch.manual_seed(0)
+    model = TwoInputs()
+    example = ((torch.randn(16, 5), torch.randint(0, 10, (16,))), torch.randint(0, 4, (16,)))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    built = build(Task(model, nn.CrossEntropyLoss(), optimizer, example, "two inputs"))
+    check(built.plan)
+    names = {tensor.name.split(".")[1] for tensor in built.plan.manifest.schema.tensors}
+    assert names == {"reading", "room", "head"}
+    assert [tensor.shape for tensor in built.plan.manifest.inputs] == [(None, 5), (None,)]
+
+
+LOSSES = {
+    "weights_and_smoothing": nn.CrossEntropyLoss(
+        weight=torch.tensor([1.0, 2.0, 0.5, 1.0]), label_smoothing=0.1
+    ),
+    "ignored_class": nn.CrossEntropyLoss(ignore_index=2),
+    "sum": nn.CrossEntropyLoss(reduction="sum"),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
+def test_variants_of_cross_entropy_agree_with_float64_torch(loss):
+    torch.manual_seed(0)
+    model, x = MODELS["mlp"]()
+    groups = [
+        {"params": model[0].parameters(), "lr": 1e-3},
+        {"params": model[2].parameters(), "lr": 2e-3, "weight_decay": 0.1},
+    ]
+    example = (x, torch.randint(0, 4, (16,)))
+    check(build(Task(model, loss, torch.optim.AdamW(groups), example, "loss", "accuracy")).plan)

@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import mlp_task
+from plan_tasks import mlp_task
 from torch import nn
 
 from coordinator.plan.build import build
@@ -106,6 +106,21 @@ def test_a_frozen_model_is_refused():
 
 def test_a_learning_rate_of_zero_is_refused():
     assert "must be above zero" in refusal(with_model(nn.Linear(8, 3), learning_rate=0.0))
+
+
+def test_shared_parameters_are_refused():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3))
+    model[1].weight = model[0].weight
+    assert refusal(with_model(model)).startswith("0.weight and 1.weight are one parameter")
+
+
+def test_a_loss_with_parameters_is_refused():
+    class Learned(nn.CrossEntropyLoss):
+        def __init__(self):
+            super().__init__()
+            self.temperature = nn.Parameter(torch.ones(()))
+
+    assert "make them part of the model" in refusal(dataclasses.replace(mlp_task(), loss=Learned()))
 
 
 def test_a_task_file_gives_its_task(tmp_path):

@@ -1,0 +1,69 @@
+"""Prometheus metrics, read from the same ``Status`` that operators see. Names follow the glossary."""
+
+from collections.abc import Callable, Iterable
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from coordinator.settings import Metrics
+from coordinator.status import Status
+
+
+class StatusCollector(Collector):
+    """Turns a status into metrics whenever it is scraped."""
+
+    def __init__(self, status: Callable[[], Status]) -> None:
+        self._status = status
+
+    def collect(self) -> Iterable[Metric]:
+        """All metrics of this moment."""
+        status = self._status()
+        updates = CounterMetricFamily("fedtide_updates", "Updates judged, by verdict and reason.",
+                                      labels=("verdict", "reason"))  # fmt: skip
+        updates.add_metric(("applied", ""), status.updates.applied)
+        updates.add_metric(("duplicate", ""), status.updates.duplicate)
+        for reason, count in sorted(status.updates.rejected.items()):
+            updates.add_metric(("rejected", reason), count)
+        yield updates
+        yield CounterMetricFamily(
+            "fedtide_updates_received", "Updates that arrived.", status.updates.received
+        )
+        gauges = {
+            "updates_waiting": (
+                "Updates that arrived and are not judged durably yet.",
+                status.updates.waiting,
+            ),
+            "model_version": ("The newest model version.", status.version),
+            "published_version": ("The newest version that devices were offered.", status.published_version),
+            "buffered_updates": ("Updates in the buffer.", status.buffered),
+            "devices_enrolled": ("Devices in the roster.", len(status.devices)),
+            "devices_online": ("Devices that are there.", sum(device.online for device in status.devices)),
+            "connected": ("Whether there is a broker.", int(status.connected)),
+        }
+        for name, (text, value) in gauges.items():
+            if value is not None:
+                yield GaugeMetricFamily(f"fedtide_{name}", text, value)
+        if status.evaluations:
+            newest = status.evaluations[-1]
+            yield GaugeMetricFamily("fedtide_evaluation_loss", "Held-out loss.", newest.loss)
+            if newest.metric is not None:
+                yield GaugeMetricFamily("fedtide_evaluation_metric", "Held-out metric.", newest.metric)
+
+
+def serve_metrics(settings: Metrics, status: Callable[[], Status]) -> Callable[[], None]:
+    """Serve ``/metrics`` from a thread; the result stops it.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(StatusCollector(status))
+    server, thread = start_http_server(settings.port, settings.host, registry)
+
+    def stop() -> None:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+    return stop

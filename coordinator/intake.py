@@ -17,6 +17,7 @@ from fedtide.wire.errors import (
     BadSignature,
     BlobMismatch,
     FrameTooLarge,
+    MalformedFrame,
     MalformedId,
     PayloadDamaged,
     UnsupportedVersion,
@@ -28,6 +29,8 @@ from fedtide.wire.parameters import Schema
 from fedtide.wire.signatures import PublicKey
 
 MAX_CHUNK_FRAME_BYTES: Final = MAX_CHUNK_BYTES + 1024
+_SHA256_BYTES: Final = 32
+_LEAST_CHUNK_BYTES: Final = 512  # on average; keeping track of smaller ones costs more memory than they hold
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ class Intake:
         try:
             device = device_id(sender)
             chunk = frame.from_frame(payload, UpdateChunk, MAX_CHUNK_FRAME_BYTES)
+            _check_bounds(chunk)
             counter, digest = chunk.counter, chunk.digest
             key = self._key_of(device)
             if key is None:
@@ -106,6 +110,20 @@ class Intake:
             return Refused(device, chunk.counter, chunk.digest, Rejection(Reason.WRONG_DEVICE, detail))
         envelope.verify(key)
         return Arrived(envelope, raw, chunk.digest)
+
+
+def _check_bounds(chunk: UpdateChunk) -> None:
+    """Refuse chunks that would take memory which the assembler does not count as held bytes."""
+    if len(chunk.digest) != _SHA256_BYTES:
+        raise MalformedFrame(f"a digest of {len(chunk.digest):,} bytes; a SHA-256 has {_SHA256_BYTES}")
+    if chunk.count == 1:
+        return
+    if not chunk.content:
+        raise MalformedFrame(f"chunk {chunk.index} of {chunk.count} is empty")
+    if chunk.count > 1 + chunk.size_bytes // _LEAST_CHUNK_BYTES:
+        raise MalformedFrame(
+            f"{chunk.count:,} chunks for {chunk.size_bytes:,} bytes; send at least {_LEAST_CHUNK_BYTES} in each"
+        )
 
 
 def _not_enrolled(device: DeviceId) -> Rejection:

@@ -146,8 +146,10 @@ class Reception:
     def _take_presence(self, device: DeviceId, payload: bytes) -> None:
         if self._roster.key(device) is not None:
             self.view.note_presence(device, payload)
-        elif presence := FleetView().note_presence(device, payload):
-            self._offer_enrolment(device, presence)
+        elif len(self.view.presence) < self._settings.max_devices + _MAX_PENDING_KEYS:
+            presence = self.view.note_presence(device, payload)  # it may be enrolled in a minute
+            if presence is not None:
+                self._offer_enrolment(device, presence)
 
     def _offer_enrolment(self, device: DeviceId, presence: Presence) -> None:
         """Keep a stranger's key for the operator, or enrol it at once where the settings say so."""
@@ -158,7 +160,6 @@ class Reception:
             name = ids.device_id(device)
             if self._settings.open_enrolment:
                 self._roster.enrol(name, key)
-                self.view.presence[name] = presence
                 log.warning("Enrolled %s: open enrolment is on", name, extra={"event": "device.enrolled"})
             elif self._room_for(name):
                 (self._pending / f"{name}.pub").write_text(f"{key}\n")

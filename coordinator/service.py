@@ -10,7 +10,6 @@ tick       time limits, missing chunks, status, stop conditions
 import asyncio
 import contextlib
 import logging
-import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +25,7 @@ from coordinator.reception import Reception
 from coordinator.recovery import Recovered, base_parameters
 from coordinator.roster import Roster
 from coordinator.settings import CoordinatorSettings
-from coordinator.status import EvaluationPoint, Status, Updates
+from coordinator.status import EvaluationPoint, Status, Updates, peak_rss_bytes
 from coordinator.writer import Writer
 from fedtide.wire.link import Dial, LinkDown, PublishRefused
 from fedtide.wire.parameters import Vector
@@ -293,7 +292,7 @@ class CoordinatorService:
 
     def status(self, state: str) -> Status:
         """The coordinator at this moment."""
-        accounting, usage = self.committer.accounting, resource.getrusage(resource.RUSAGE_SELF)
+        accounting = self.committer.accounting
         connection, published, model = self._reception.connection, self._publisher.version, self._writer.state
         return Status(
             fleet=self._settings.fleet,
@@ -321,6 +320,6 @@ class CoordinatorService:
             parameters=self._plan.manifest.schema.size,
             metric=self._plan.manifest.metric,
             devices=self._reception.view.statuses(self._roster.devices(), self._writer.marks),
-            cpu_seconds=usage.ru_utime + usage.ru_stime,
-            rss_bytes=usage.ru_maxrss * 1024,
+            cpu_seconds=time.process_time(),
+            rss_bytes=peak_rss_bytes(),
         )

@@ -103,6 +103,17 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     rss_bytes: int
 
 
+def peak_rss_bytes() -> int:
+    """Peak resident memory of this process: Linux's VmHWM.
+
+    ``getrusage`` would also count what the parent had resident when it started us.
+    """
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
 def write(path: Path, status: Status) -> None:
     """Replace the file in one step; not synced, because a new one comes soon."""
     temporary = path.with_name(path.name + ".new")

@@ -28,7 +28,7 @@ from fedtide.wire.ids import Counter, DeviceId, ModelVersion, PlanId
 from fedtide.wire.messages import Reason, Receipt, Verdict
 from fedtide.wire.parameters import Schema
 
-_ENROL_FIRST_S = 30.0  # a device that is not enrolled yet keeps its update and asks again after this long
+_ENROL_FIRST_S = 10.0  # a device that is not enrolled yet keeps its update and asks again after this long
 
 
 @dataclass(frozen=True)

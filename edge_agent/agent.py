@@ -238,6 +238,7 @@ class Agent:
         topic = topics.UPDATE.name(fleet, shard=topics.shard_of(device, self._mailbox.shards), device=device)
         chunks = update_chunks(pending.envelope, pending.counter, chunk_bytes(connection.max_packet_bytes))
         self._outbox.note_sent(pending.counter)
+        self._mailbox.forget_answers()
         self.tally.sent += 1
         await asyncio.gather(*(connection.publish(topic, chunk) for chunk in chunks))
         longest_s = min(_LONGEST_RECEIPT_WAIT_S, self._settings.receipt_timeout_s * 2.0 ** min(attempt, 10))

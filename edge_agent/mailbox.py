@@ -36,6 +36,8 @@ from fedtide.wire.signatures import COORDINATOR_DOMAIN, DOWN_DOMAIN, HEAD_DOMAIN
 
 log = logging.getLogger(__name__)
 
+_ASK_AGAIN_S: Final = 5.0
+_ASK_AGAIN_AT_MOST_S: Final = 300.0
 _RECEIVE_MAXIMUM: Final = 4  # chunks under way to this device; the broker's memory for it is bounded by that
 
 
@@ -82,6 +84,7 @@ class Mailbox:
         self.connection: Connection | None = None
         self._news = asyncio.Event()
         self._head: SealedHead | None = None
+        self._heads = 0
         self._floor: tuple[Epoch, ModelVersion] = (Epoch(0), ModelVersion(0))
         self._coordinator_state: CoordinatorState | None = None
         self._receipt: Receipt | None = None
@@ -146,11 +149,15 @@ class Mailbox:
             raise LinkDown("no head has arrived")
         return self._head
 
+    def forget_answers(self) -> None:
+        """Before an update is sent (again): what was answered to an earlier attempt does not count."""
+        self._receipt = self._missing = None
+        self._resync = False
+
     async def answer(
         self, pending: Pending, connection: Connection, timeout_s: float
     ) -> Receipt | MissingChunks | None:
         """The coordinator's answer to an update sent over ``connection``; None: send it again."""
-        self._resync = False
         try:
             async with asyncio.timeout(timeout_s):
                 await self._until(
@@ -204,6 +211,7 @@ class Mailbox:
     async def _listen(self, connection: Connection) -> None:
         fleet = self._settings.fleet
         qos = 1 if connection.mqtt_version == "5" else 0
+        heads = self._heads
         async with asyncio.TaskGroup() as group:
             group.create_task(self._file_deliveries(connection), name=f"{self._settings.device}.deliveries")
             await connection.publish(*self._presence_message(online=True), retain=True)
@@ -214,6 +222,20 @@ class Mailbox:
             log.info("Connected with MQTT %s", connection.mqtt_version, extra={"event": "link.up"})
             self.connection = connection
             self._news.set()
+            await self._ask_again(connection, qos, heads)
+
+    async def _ask_again(self, connection: Connection, qos: int, heads: int) -> None:
+        """Subscribe anew, ever more rarely, until a head has come on this connection.
+
+        NATS answers a SUBSCRIBE before it has loaded its retained messages, and never sends them later.
+        """
+        fleet, wait_s = self._settings.fleet, _ASK_AGAIN_S
+        while True:
+            await asyncio.sleep(wait_s)
+            if self._heads != heads:
+                return
+            await connection.subscribe([topics.COORDINATOR.name(fleet), topics.HEAD.name(fleet)], qos=qos)
+            wait_s = min(2 * wait_s, _ASK_AGAIN_AT_MOST_S)
 
     async def _file_deliveries(self, connection: Connection) -> None:
         async for delivery in connection.deliveries():
@@ -246,6 +268,7 @@ class Mailbox:
                 head.version, head.epoch, extra={"event": "head.older"},
             )  # fmt: skip
             return
+        self._heads += 1
         self._head = SealedHead(head, sealed)
 
     def _file_down(self, message: frame.Message) -> None:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from broker_config.access import mosquitto_acl
-from broker_config.mosquitto import development
+from broker_config.certificates import create_authority, issue
+from broker_config.mosquitto import ProductionSettings, development, production
 from coordinator.settings import CoordinatorSettings
 from fedtide.wire import ids
+from fedtide.wire.ids import FleetId
 from fedtide.wire.settings import load
 from fedtide.wire.signatures import PublicKey, SigningKey
 
@@ -54,6 +56,11 @@ class FleetDirectory:
         """Written by a running coordinator."""
         return self.path / "status.json"
 
+    @property
+    def tls(self) -> Path:
+        """The fleet's own certificate authority, where there is one."""
+        return self.path / "tls"
+
     def settings(self) -> CoordinatorSettings:
         """Read ``coordinator.toml``.
 
@@ -71,19 +78,39 @@ class FleetDirectory:
         return SigningKey.load(self.key_file)
 
 
-def create(path: Path, fleet: str, broker: str) -> tuple[FleetDirectory, PublicKey]:
+@dataclass(frozen=True)
+class NewFleet:
+    """What a new fleet is to be.
+
+    Attributes:
+        fleet: its id.
+        broker: ``host:port`` of the broker, as the coordinator reaches it.
+        goal: updates per model version.
+        held_out: an ``.npz`` file of held-out examples, if there is one.
+        tls_hosts: names and addresses devices reach the broker by; with any, TLS is set up.
+    """
+
+    fleet: str
+    broker: str
+    goal: int = 10
+    held_out: Path | None = None
+    tls_hosts: tuple[str, ...] = ()
+
+
+def create(path: Path, new: NewFleet) -> tuple[FleetDirectory, PublicKey]:
     """Make a new fleet: settings with every default shown, a key, and the broker's files.
 
     Args:
         path: the directory; made if it is not there.
-        fleet: its id.
-        broker: ``host:port``.
+        new: what it is to be.
 
     Raises:
         FleetExists: there is one already.
         MalformedId: the fleet's name cannot be one.
+        ValueError: a host that cannot stand in a certificate, or a broker that is not ``host:port``.
     """
-    name = ids.fleet_id(fleet)
+    name = ids.fleet_id(new.fleet)
+    port = _port(new.broker)
     directory = FleetDirectory(path)
     if directory.settings_file.exists():
         raise FleetExists(f"{path} holds a fleet already; choose another directory")
@@ -92,11 +119,34 @@ def create(path: Path, fleet: str, broker: str) -> tuple[FleetDirectory, PublicK
     directory.key_file.parent.chmod(0o700)
     key = SigningKey.generate()
     key.save(directory.key_file)
-    directory.settings_file.write_text(_SETTINGS.format(fleet=name, broker=broker))
-    port = int(broker.rpartition(":")[2])
-    (path / "broker" / "mosquitto.conf").write_text(development(port))
-    (path / "broker" / "access.acl").write_text(mosquitto_acl(name))
+    directory.settings_file.write_text(_settings(name, new))
+    (path / "broker" / "fleet.acl").write_text(mosquitto_acl(name))
+    if new.tls_hosts:
+        create_authority(directory.tls)
+        issue(directory.tls, new.tls_hosts[0], "broker", new.tls_hosts)
+        (path / "broker" / "mosquitto.conf").write_text(production(ProductionSettings(local_port=port)))
+    else:
+        (path / "broker" / "mosquitto.conf").write_text(development(port))
     return directory, key.public
+
+
+def _port(broker: str) -> int:
+    host, _, port = broker.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(f"broker {broker!r}: give HOST:PORT, for example 127.0.0.1:1883")
+    return int(port)
+
+
+def _settings(name: FleetId, new: NewFleet) -> str:
+    held_out = f'"{new.held_out.resolve()}"' if new.held_out else '"held-out.npz"'
+    return _SETTINGS.format(
+        fleet=name,
+        broker=new.broker,
+        goal=new.goal,
+        held_out=held_out,
+        no_evaluation="" if new.held_out else "# ",
+        no_password="" if new.tls_hosts else "# ",
+    )
 
 
 _SETTINGS = """\
@@ -108,8 +158,8 @@ plan = "model.plan"              # made by: fedtide plan build TASK.py
 
 [broker]
 hosts = ["{broker}"]
-# username = "coordinator"
-# password = "…"
+{no_password}username = "coordinator"
+{no_password}password = "choose one"        # the one given to mosquitto_passwd
 # [broker.tls]
 # authority = "tls/authority.pem"
 # certificate = "tls/coordinator.pem"
@@ -117,7 +167,7 @@ hosts = ["{broker}"]
 
 [aggregator]                     # fedbuff (goal), fedasync (mixing) or fedavg (cohort)
 kind = "fedbuff"
-goal = 10                        # updates per model version
+goal = {goal:<24}  # updates per model version
 
 [staleness]                      # constant, polynomial, hinge, exponential, cutoff
 kind = "polynomial"
@@ -136,9 +186,9 @@ min_interval_s = 1.0
 codec = "q8"                     # float32, float16, q8
 # weight_by_examples = false
 
-# [evaluation]                   # held-out examples on the coordinator's side
-# data = "held-out.npz"
-# every_versions = 1
+{no_evaluation}[evaluation]                     # held-out examples on the coordinator's side
+{no_evaluation}data = {held_out}
+{no_evaluation}every_versions = 1
 
 # [stop]                         # the first that holds
 # versions = 1000

@@ -52,7 +52,13 @@ def init(path: Path, *, fleet: str, device: str, broker: str, coordinator_key: s
     key.save(path / "device.key")
     (path / "agent.toml").write_text(
         _SETTINGS.format(
-            fleet=fleet, device=device, key=trusted, broker=broker, kind=kind, data=data.resolve()
+            fleet=fleet,
+            device=device,
+            key=trusted,
+            broker=broker,
+            kind=kind,
+            data=data.resolve(),
+            directory=path.resolve(),
         )
     )
     click.echo(f"Made the agent of device {device!r} in {path}.")
@@ -92,8 +98,8 @@ _SETTINGS = """\
 fleet = "{fleet}"
 device = "{device}"
 coordinator_key = "{key}"        # what this device trusts
-key = "device.key"               # never leaves this machine
-state = "state"                  # outbox and model slots
+key = "{directory}/device.key"   # never leaves this machine
+state = "{directory}/state"      # outbox and model slots
 
 [broker]
 hosts = ["{broker}"]

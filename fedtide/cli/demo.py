@@ -1,5 +1,6 @@
 """``fedtide demo``."""
 
+import logging
 import sys
 from pathlib import Path
 
@@ -32,9 +33,7 @@ from fedtide.wire.codecs import CODECS
 )
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("demo-output"), show_default=True)
-@click.option(
-    "--json", "as_json", is_flag=True, help="Print the report as JSON; progress goes to standard error."
-)
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def demo(*, as_json: bool, **options: object) -> None:
     """Train a model on real data with simulated devices that are real MQTT clients.
 
@@ -50,13 +49,15 @@ def demo(*, as_json: bool, **options: object) -> None:
     settings = msgspec.convert(options, DemoSettings)
     if settings.slow + settings.dropping > settings.devices:
         raise click.UsageError(
-            f"--slow {settings.slow} and --dropping {settings.dropping} are more than --devices {settings.devices}"
+            f"--slow {settings.slow} and --dropping {settings.dropping} are more "
+            f"than --devices {settings.devices}"
         )
     if not available_brokers():
         raise click.ClickException(
             "no broker: install mosquitto (apt-get install mosquitto) or pip install 'fedtide[broker]'"
         )
     console = Console(stderr=as_json)
+    logging.basicConfig(level=logging.ERROR)  # devices that drop off on purpose are not news
     try:
         result = run_demo(settings, console)
     except KeyboardInterrupt:

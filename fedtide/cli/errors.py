@@ -14,8 +14,7 @@ from fedtide.wire.settings import SettingsError
 _EXPLAINED: Final = frozenset(
     {
         "AlreadyRunning",
-        "BrokerMissing",
-        "BrokerNotReady",
+        "BrokerUnavailable",
         "DamagedPlanFile",
         "DataError",
         "DemoFailed",

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import click
 
+from broker_config.certificates import issue
 from coordinator.roster import Roster
-from fedtide.fleet_directory import FleetDirectory, create
+from fedtide.fleet_directory import FleetDirectory, NewFleet, create
 from fedtide.wire import ids
 from fedtide.wire.signatures import PublicKey
 
@@ -19,16 +20,28 @@ DIRECTORY = click.option(
 @click.argument("path", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--fleet", default="fleet", show_default=True, help="The fleet's id: [a-z0-9_-]{1,64}.")
 @click.option("--broker", default="127.0.0.1:1883", show_default=True, help="HOST:PORT of the broker.")
-def init(path: Path, fleet: str, broker: str) -> None:
+@click.option("--goal", type=click.IntRange(1), default=10, show_default=True, help="Updates per version.")
+@click.option("--held-out", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="An .npz file to evaluate every version on.")  # fmt: skip
+@click.option("--tls", "tls_hosts", multiple=True, metavar="HOST",
+              help="Set up TLS: a name or address of the broker. May be repeated.")  # fmt: skip
+def init(path: Path, **options: object) -> None:
     """Make a new fleet in DIR: settings, the coordinator's key, and the broker's files.
 
     \b
-    Example: fedtide init pumps --fleet pumps --broker 192.0.2.10:1883
+    Examples:
+      fedtide init pumps --fleet pumps
+      fedtide init pumps --fleet pumps --tls broker.local --tls 192.0.2.10
     """
-    directory, key = create(path, fleet, broker)
-    click.echo(f"Made fleet {fleet!r} in {path}.")
+    new = NewFleet(**options)  # type: ignore[arg-type]
+    try:
+        directory, key = create(path, new)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    click.echo(f"Made fleet {new.fleet!r} in {path}.")
     click.echo(f"Coordinator key: {key}")
-    click.echo(f"Next: fedtide plan build TASK.py --out {directory.path / 'model.plan'}")
+    click.echo(f"Broker:          mosquitto -c {path / 'broker' / 'mosquitto.conf'}")
+    click.echo(f"Next:            fedtide plan build TASK.py --out {directory.path / 'model.plan'}")
 
 
 @click.command()
@@ -58,3 +71,6 @@ def enrol(device: str, key: str | None, path: Path) -> None:
     Roster(directory.roster, settings.max_devices).enrol(name, public)
     pending.unlink(missing_ok=True)
     click.echo(f"Enrolled {name} with key {public}.")
+    if directory.tls.is_dir() and not (directory.tls / "devices" / f"{name}.crt").exists():
+        files = issue(directory.tls, name)
+        click.echo(f"Copy to the device: {directory.tls / 'authority.crt'}, {files.certificate}, {files.key}")

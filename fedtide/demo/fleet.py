@@ -10,7 +10,7 @@ from edge_agent.data_sources import Npz
 from edge_agent.settings import AgentSettings
 from edge_agent.simulation import Outage, SimulatedDevice
 from fedtide.demo.digits import Digits
-from fedtide.fleet_directory import FleetDirectory, create
+from fedtide.fleet_directory import FleetDirectory, NewFleet, create
 from fedtide.wire.ids import DeviceId, FleetId
 from fedtide.wire.link import Broker
 from fedtide.wire.signatures import SigningKey
@@ -50,7 +50,7 @@ def prepare(
     path: Path, plan: BuiltPlan, digits: Digits, settings: DemoSettings, broker: str
 ) -> FleetDirectory:
     """Make the fleet's directory: settings, plan, held-out examples."""
-    directory, _ = create(path, FLEET, broker)
+    directory, _ = create(path, NewFleet(fleet=FLEET, broker=broker))
     save(plan, directory.path / "model.plan")
     held_out = digits.held_out
     np.savez(directory.path / "held-out.npz", x=held_out.inputs[0], y=np.asarray(held_out.targets))

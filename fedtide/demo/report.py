@@ -142,6 +142,7 @@ def summary(report: Report) -> Table:
     reached = report.seconds_to_target
     updates, staleness = report.updates, report.staleness
     rejected = ", ".join(f"{count} {reason}" for reason, count in sorted(updates.rejected.items())) or "none"
+    saving = report.uplink_bytes_float32 / max(1, report.uplink_bytes)
     slow = sum(device.weight_share for device in report.devices if device.speed == "slow")
     rows = {
         "held-out accuracy": f"{report.accuracy:.4f} (target {report.target_accuracy:g}: "
@@ -149,8 +150,8 @@ def summary(report: Report) -> Table:
         "model versions": f"{report.versions:,} in {report.seconds:.1f} s",
         "updates": f"{updates.applied:,} applied, {updates.duplicate:,} duplicate, rejected: {rejected}",
         "staleness": f"mean {staleness.mean:.1f} versions, p95 {staleness.p95}, max {staleness.max}",
-        "bytes up": f"{megabytes(report.uplink_bytes)}, 1/{report.uplink_bytes_float32 / report.uplink_bytes:.1f}"
-        f" of float32 ({report.codec}; MQTT headers counted)",
+        "bytes up": f"{megabytes(report.uplink_bytes)}, 1/{saving:.1f} of float32 "
+        f"({report.codec}; MQTT headers counted)",
         "bytes down": megabytes(report.downlink_bytes),
         "slow devices": f"{100 * slow:.1f} % of the weight",
         "coordinator": f"{report.coordinator_cpu_seconds:.1f} CPU s, peak "

@@ -30,6 +30,7 @@ _PLAIN_EVERY_S: Final = 2.0
 _SHORTEST_S: Final = 15.0  # long enough to see devices drop off and come back
 _START_WITHIN_S: Final = 30.0
 _STOP_WITHIN_S: Final = 15.0
+_MQTT_VERSIONS: Final = {4: "3.1.1", 5: "5"}  # protocol levels of the CONNECT packet
 
 
 class DemoFailed(Exception):
@@ -78,7 +79,7 @@ def run_demo(settings: DemoSettings, console: Console) -> report.Report:
         plan = build(digits_data.task(settings.seed))
         with start_local_broker(path / "broker", settings.broker) as broker:
             address = f"{broker.host}:{broker.port}"
-            console.print(f"Broker: {broker.kind} on {address}, MQTT {broker.mqtt_version}.")
+            console.print(f"Broker: {broker.kind} on {address}, MQTT {_MQTT_VERSIONS[broker.mqtt_version]}.")
             directory = prepare(path / "fleet", plan, digits, settings, address)
             devices = simulated_devices(directory, digits, settings, address, path / "devices")
             demo = _Run(settings, directory, SimulatedFleet(devices, settings.seed))
@@ -93,7 +94,8 @@ def run_demo(settings: DemoSettings, console: Console) -> report.Report:
 async def _conduct(demo: _Run, console: Console) -> Status:
     """Start the coordinator and the devices, show them, stop them; the coordinator's last status."""
     coordinator = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "fedtide", "coordinator", "run", "--dir", str(demo.directory.path), "--json-logs",
+        sys.executable, "-m", "fedtide", "coordinator", "run", "--json-logs",
+        "--dir", str(demo.directory.path),
         stderr=(demo.directory.path / "coordinator.log").open("wb"),
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -182,6 +184,6 @@ def _report(demo: _Run, status: Status, broker: LocalBroker) -> report.Report:
         parameters=status.parameters,
         codec=settings.codec,
         broker=broker.kind,
-        mqtt_version=broker.mqtt_version,
+        mqtt_version=_MQTT_VERSIONS[broker.mqtt_version],
         seed=settings.seed,
     )

@@ -25,7 +25,8 @@ class MalformedId(WireError):
 
     def __init__(self, kind: str, text: str) -> None:
         super().__init__(
-            f"{kind} id {text[:80]!r} is not allowed; use 1 to 64 of lower-case letters, digits, '_' and '-'"
+            f"{kind} id {text[:80]!r} is not allowed; use 1 to 64 of lower-case letters, digits, '_' "
+            "and '-', and not 'coordinator'"
         )
 
 

@@ -21,6 +21,8 @@ Epoch = NewType("Epoch", int)
 # The characters are safe in an MQTT topic level, a file name and a DNS label on every system.
 _ID: Final = re.compile(r"[a-z0-9_-]{1,64}")
 _ID_DIGITS: Final = 32
+COORDINATOR_NAME: Final = "coordinator"
+"""The coordinator's user name at the broker; no device may have it."""
 
 
 def check_id(kind: str, text: str) -> str:
@@ -40,7 +42,13 @@ def fleet_id(text: str) -> FleetId:
 
 
 def device_id(text: str) -> DeviceId:
-    """Check and brand a device's name."""
+    """Check and brand a device's name.
+
+    Raises:
+        MalformedId: not a name, or the coordinator's own: brokers give that name the coordinator's rights.
+    """
+    if text == COORDINATOR_NAME:
+        raise MalformedId("device", text)
     return DeviceId(check_id("device", text))
 
 

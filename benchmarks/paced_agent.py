@@ -16,7 +16,7 @@ from edge_agent.agent import Agent, Workbench
 from edge_agent.plan_runtime import LocalResult
 from edge_agent.settings import AgentSettings
 from fedtide.assembly import CachedExamples, CachedTrainer, in_a_thread
-from fedtide.running import run_until_signalled
+from fedtide.running import configure_logs, run_until_signalled
 from fedtide.wire.link import Traffic
 from fedtide.wire.mqtt import MqttDialler
 from fedtide.wire.settings import load
@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, required=True, help="what one local training takes, at least")
     parser.add_argument("--seed", type=int, required=True, help="of the order of examples")
     options = parser.parse_args()
+    configure_logs(verbose=False, as_json=True)
     settings = load(options.config, AgentSettings)
     bench = Workbench(
         dial=MqttDialler(settings.broker, Traffic()),

@@ -122,7 +122,8 @@ def _check_bounds(chunk: UpdateChunk) -> None:
         raise MalformedFrame(f"chunk {chunk.index} of {chunk.count} is empty")
     if chunk.count > 1 + chunk.size_bytes // _LEAST_CHUNK_BYTES:
         raise MalformedFrame(
-            f"{chunk.count:,} chunks for {chunk.size_bytes:,} bytes; send at least {_LEAST_CHUNK_BYTES} in each"
+            f"{chunk.count:,} chunks for {chunk.size_bytes:,} bytes; "
+            f"chunks hold at least {_LEAST_CHUNK_BYTES} bytes"
         )
 
 

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
+
 from coordinator.entries import Entry, FlushEntry, RulesEntry, UpdateEntry
 from coordinator.marks import Mark
 from coordinator.settings import Rules
@@ -117,11 +119,12 @@ class Journal:
             self._database.execute("PRAGMA synchronous = FULL")
             self._database.execute(f"PRAGMA wal_autocheckpoint = {_WAL_PAGES}")
             self._database.executescript(_TABLES)
+            found = self._meta("format", _FORMAT)
         except sqlite3.DatabaseError as error:
             self._database.close()
             raise JournalDamaged(f"{path} cannot be opened: {error}") from error
-        found = self._meta("format", _FORMAT)
         if found != _FORMAT:
+            self._database.close()
             raise JournalDamaged(f"{path} has format {found}; this build reads format {_FORMAT}")
 
     def close(self) -> None:
@@ -182,6 +185,24 @@ class Journal:
         )
         for number, *row in rows:
             yield number, _entry(number, row)
+
+    def last_uses(self, sequence: int, *, needed: bool) -> dict[ModelVersion, int]:
+        """Base versions that a replay of the entries after ``sequence`` needs, with the last entry of each.
+
+        ``needed``: whether the rules that hold at ``sequence`` need bases.
+        """
+        rows = self._database.execute(
+            "SELECT sequence, base_version, CASE kind WHEN 'rules' THEN body END FROM entries"
+            " WHERE sequence > ? ORDER BY sequence",
+            (sequence,),
+        )
+        uses: dict[ModelVersion, int] = {}
+        for number, base_version, rules in rows:
+            if rules is not None:
+                needed = _rules(number, rules).aggregator.needs_base
+            elif needed and base_version is not None:
+                uses[base_version] = number
+        return uses
 
     def marks(self) -> dict[DeviceId, Mark]:
         """All marks by device."""
@@ -266,9 +287,16 @@ def _entry(number: int, row: list[Any]) -> Entry:
         case "flush":
             return FlushEntry()
         case "rules":
-            return RulesEntry(Rules.from_bytes(body))
+            return RulesEntry(_rules(number, body))
         case _:
             raise JournalDamaged(f"entry {number} has the unknown kind {kind!r}")
+
+
+def _rules(number: int, body: bytes) -> Rules:
+    try:
+        return Rules.from_bytes(body)
+    except (msgspec.DecodeError, TypeError) as error:
+        raise JournalDamaged(f"entry {number} holds no rules: {error}") from error
 
 
 def _mark_row(mark: Mark) -> tuple[object, ...]:

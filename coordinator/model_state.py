@@ -88,11 +88,12 @@ def close_buffer(state: ModelState) -> ModelState:
 def change_rules(state: ModelState, rules: Rules) -> ModelState:
     """Close the buffer under the old rules, then let the new ones hold.
 
-    The server optimizer's state is kept where the new one has the same, and starts anew elsewhere.
+    The server optimizer's state is kept where the new one has the same, and starts anew elsewhere. Version 0
+    has no state worth keeping: rules that made no version leave no trace, whatever a replay starts with.
     """
     closed = close_buffer(state)
     kept: Mapping[str, Vector] = closed.optimizer.arrays()
-    if set(kept) == set(rules.server_optimizer.state_names) and kept:
+    if closed.version > 0 and kept and set(kept) == set(rules.server_optimizer.state_names):
         optimizer = rules.server_optimizer.from_arrays(kept, closed.parameters.size)
     else:
         optimizer = rules.server_optimizer.init(closed.parameters.size)

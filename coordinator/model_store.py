@@ -5,6 +5,7 @@ snapshots/{sequence}.safetensors  the whole state after a journal entry
 """
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -63,7 +64,8 @@ class ModelStore:
     def _remember(self, version: ModelVersion, parameters: Vector) -> None:
         self._recent[version] = parameters
         while len(self._recent) > _recent_versions(parameters):
-            del self._recent[min(self._recent)]
+            # A version may be read in one thread while another is saved in the journal's.
+            self._recent.pop(min(self._recent), None)
 
     def _file(self, version: ModelVersion) -> Path:
         return self._directory / f"{version:012d}.safetensors"
@@ -91,16 +93,15 @@ class SnapshotStore:
             self._journal.forget_snapshot(old.sequence)
             self._file(old.sequence).unlink(missing_ok=True)
 
-    def newest(self) -> tuple[int, ModelState] | None:
-        """The newest snapshot that is whole, with the number of its entry; None if there is none."""
+    def whole(self) -> Iterator[tuple[int, ModelState]]:
+        """The snapshots that are whole, newest first, each with the number of its entry."""
         for row in self._journal.snapshots():
             try:
                 content = self._file(row.sequence).read_bytes()
             except FileNotFoundError:
                 continue
             if hashlib.sha256(content).digest() == row.sha256:
-                return row.sequence, _unpack(content, row.version)
-        return None
+                yield row.sequence, _unpack(content, row.version)
 
     def _file(self, sequence: int) -> Path:
         return self._directory / f"{sequence:012d}.safetensors"

@@ -71,6 +71,7 @@ class Publisher:
         self._parent = bytes(32)
         self._models: list[BlobRef] = []
         self._offered: set[BlobId] = set()
+        self._offering = asyncio.Lock()  # one at a time, or an older head could be the last to arrive
         self.version: Version | None = None
         self.training = True
         self.released: ModelVersion | None = None
@@ -98,22 +99,26 @@ class Publisher:
         Raises:
             LinkDown: the connection was lost; the next one renews.
         """
-        if everything:
-            self._offered.clear()
-        if self.version is not None:
-            await self._offer(connection, self.version)
+        async with self._offering:
+            if everything:
+                self._offered.clear()
+            if self.version is not None:
+                await self._offer(connection, self.version)
 
     async def publish(self, connection: Connection, version: Version) -> None:
-        """Offer a new version.
+        """Offer a new version; one that is older than the last is left.
 
         Raises:
             LinkDown: the connection was lost; the next one renews.
         """
-        await self._remember(version)
-        if self.version is not None:
-            self._parent = self.version.fingerprint
-        self.version = version
-        await self._offer(connection, version)
+        async with self._offering:
+            if self.version is not None and version.number < self.version.number:
+                return
+            await self._remember(version)
+            if self.version is not None and version.number > self.version.number:
+                self._parent = self.version.fingerprint
+            self.version = version
+            await self._offer(connection, version)
 
     async def _offer(self, connection: Connection, version: Version) -> None:
         size_bytes = chunk_bytes(connection.max_packet_bytes, self._settings.chunk_bytes)

@@ -3,8 +3,10 @@
 coordinator.toml  keys/  roster/  pending/  state/{journal.sqlite, snapshots/, models/, lock}  status.json
 """
 
+import contextlib
 import fcntl
 import os
+import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,20 +61,37 @@ def recover(directory: Path, settings: CoordinatorSettings, plan: BuiltPlan) -> 
         ReplayMismatch: replay gives other parameters than were published.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    lock = _lock(directory / "lock")
-    journal = Journal(directory / "journal.sqlite")
-    _check_plan(journal, plan)
-    schema = plan.plan.manifest.schema
-    models = ModelStore(directory / "models", schema, settings.publish.keep_versions)
-    snapshots = SnapshotStore(directory / "snapshots", journal)
-    rules = Rules(aggregator=settings.aggregator, server_optimizer=settings.server_optimizer)
-    sequence, state = snapshots.newest() or (0, initial_state(plan.initial, rules))
-    last, state = replay(journal, state, sequence, schema=schema, bases=base_parameters(models, plan))
-    if last == 0 or state.rules != rules:
-        journal.commit(Batch([RulesEntry(rules)]))
-        state = change_rules(state, rules)
-        last = journal.last_sequence()
+    with contextlib.ExitStack() as undo:
+        lock = _lock(directory / "lock")
+        undo.callback(os.close, lock)
+        journal = Journal(directory / "journal.sqlite")
+        undo.callback(journal.close)
+        _check_plan(journal, plan)
+        models = ModelStore(directory / "models", plan.plan.manifest.schema, settings.publish.keep_versions)
+        snapshots = SnapshotStore(directory / "snapshots", journal)
+        rules = Rules(aggregator=settings.aggregator, server_optimizer=settings.server_optimizer)
+        try:
+            sequence, last, state = _replayed(journal, models, snapshots, plan, rules)
+        except sqlite3.DatabaseError as error:
+            raise JournalDamaged(f"{directory} cannot be read: {error}") from error
+        if last == 0 or state.rules != rules:
+            journal.commit(Batch([RulesEntry(rules)]))
+            state = change_rules(state, rules)
+            last = journal.last_sequence()
+        undo.pop_all()
     return Recovered(journal, models, snapshots, state, last, last - sequence, lock)
+
+
+def _replayed(
+    journal: Journal, models: ModelStore, snapshots: SnapshotStore, plan: BuiltPlan, rules: Rules
+) -> tuple[int, int, ModelState]:
+    """Where the replay began, the last entry, and the state after it."""
+    schema, bases = plan.plan.manifest.schema, base_parameters(models, plan)
+    for sequence, state in snapshots.whole():
+        # FedAsync may need a base from before the snapshot whose file is gone: an earlier start makes it.
+        with contextlib.suppress(FileNotFoundError):
+            return sequence, *replay(journal, state, sequence, schema=schema, bases=bases)
+    return 0, *replay(journal, initial_state(plan.initial, rules), 0, schema=schema, bases=bases)
 
 
 def base_parameters(models: ModelStore, plan: BuiltPlan) -> Bases:

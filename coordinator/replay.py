@@ -3,19 +3,43 @@
 from collections.abc import Callable, Mapping
 
 from coordinator.entries import Entry, FlushEntry, RulesEntry, UpdateEntry
-from coordinator.journal import Journal
+from coordinator.journal import Journal, JournalDamaged
 from coordinator.model_state import ModelState, change_rules, close_buffer, fold_update
 from fedtide.wire import codecs
 from fedtide.wire.envelope import open_update
+from fedtide.wire.errors import WireError
 from fedtide.wire.ids import ModelVersion
 from fedtide.wire.parameters import Schema, Vector, fingerprint
 
 Bases = Callable[[ModelVersion], Vector]
-"""Gives the parameters of a published version."""
+"""Gives the parameters of a published version. Raises ``FileNotFoundError`` for one that is not kept."""
 
 
 class ReplayMismatch(Exception):
     """Replay gave other parameters than were published."""
+
+
+class _MadeBases:
+    """Bases during a replay.
+
+    Versions that it made itself are kept to their last use, because a busy fleet removes their files long
+    before the next snapshot. Earlier ones come from where they are kept.
+    """
+
+    def __init__(self, earlier: Bases, last_uses: Mapping[ModelVersion, int]) -> None:
+        self._earlier = earlier
+        self._last_uses = last_uses
+        self._made: dict[ModelVersion, Vector] = {}
+
+    def __call__(self, version: ModelVersion) -> Vector:
+        return self._made[version] if version in self._made else self._earlier(version)
+
+    def note(self, number: int, state: ModelState) -> None:
+        """Entry ``number`` was applied and gave ``state``."""
+        if state.version in self._last_uses:
+            self._made[state.version] = state.parameters
+        for version in [made for made in self._made if self._last_uses[made] <= number]:
+            del self._made[version]
 
 
 def replay(
@@ -34,17 +58,26 @@ def replay(
         state: the state after entry ``sequence``.
         sequence: where to begin; 0 for the whole journal.
         schema: of the model.
-        bases: for aggregators that need the base version's parameters.
+        bases: for aggregators that need the base version's parameters; asked for versions before ``state``.
         on_version: told of each new version.
 
     Raises:
         ReplayMismatch: a version is not the one that was published.
+        JournalDamaged: an entry cannot be applied.
+        FileNotFoundError: a base from before ``state`` is not kept; an earlier state would give it.
     """
     published = {row.version: row.fingerprint for row in journal.published()}
+    needed = state.rules.aggregator.needs_base
+    made = _MadeBases(bases, journal.last_uses(sequence, needed=needed))
+    made.note(sequence, state)
     number = sequence
-    for number, entry in journal.entries_after(sequence):  # noqa: B007 - the last number is returned
+    for number, entry in journal.entries_after(sequence):
         before = state.version
-        state = apply_entry(state, entry, schema, bases)
+        try:
+            state = apply_entry(state, entry, schema, made)
+        except (WireError, ValueError, TypeError) as error:
+            raise JournalDamaged(f"entry {number} cannot be replayed: {error}") from error
+        made.note(number, state)
         if state.version != before:
             check_published(state, published)
             on_version(state)

@@ -41,7 +41,8 @@ class Roster:
         self._clock = clock
         self._keys: dict[DeviceId, PublicKey] = {}
         self._looked_at = float("-inf")
-        self._modified = -1
+        self._modified: int | None = None
+        self._settled = False
 
     def key(self, device: DeviceId) -> PublicKey | None:
         """The device's public key, or None if it is not enrolled."""
@@ -85,11 +86,15 @@ class Roster:
         try:
             modified = self._directory.stat().st_mtime_ns
         except FileNotFoundError:
-            self._keys = {}
+            self._keys, self._modified = {}, None
             return
-        if modified != self._modified:
-            self._keys = dict(_read_keys(self._directory))
-            self._modified = modified
+        unchanged = modified == self._modified
+        if unchanged and self._settled:
+            return
+        # A file may have been half written when it was read, and two changes in one tick of the file system's
+        # clock look like one: so everything is read once more at the next look.
+        self._keys = dict(_read_keys(self._directory))
+        self._modified, self._settled = modified, unchanged
 
 
 def _read_keys(directory: Path) -> list[tuple[DeviceId, PublicKey]]:

@@ -187,13 +187,15 @@ class CoordinatorService:
         keep = self._settings.publish.keep_versions
 
         def work() -> None:
-            self._recovered.models.save(version.number, version.parameters)
+            # In this order a kill in between leaves no version on record whose file is gone but this new one.
             self._recovered.journal.add_published(row, keep)
+            self._recovered.models.save(version.number, version.parameters)
 
+        published = self._writer.published
+        for old in sorted({*published, version.number})[:-keep]:
+            published.pop(old, None)  # before its file goes, which an update based on it would need
         await self._journal_thread.run(work)
-        self._writer.published[version.number] = version.fingerprint
-        for old in sorted(self._writer.published)[:-keep]:
-            del self._writer.published[old]
+        published[version.number] = version.fingerprint
 
     async def _evaluate_versions(self) -> None:
         while True:

@@ -93,12 +93,13 @@ def run_demo(settings: DemoSettings, console: Console) -> report.Report:
 
 async def _conduct(demo: _Run, console: Console) -> Status:
     """Start the coordinator and the devices, show them, stop them; the coordinator's last status."""
-    coordinator = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "fedtide", "coordinator", "run", "--json-logs",
-        "--dir", str(demo.directory.path),
-        stderr=(demo.directory.path / "coordinator.log").open("wb"),
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    with (demo.directory.path / "coordinator.log").open("wb") as log:
+        coordinator = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "fedtide", "coordinator", "run", "--json-logs",
+            "--dir", str(demo.directory.path),
+            stderr=log,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
     devices = asyncio.create_task(demo.fleet.run(), name="demo.devices")
     try:
         await _show(demo, coordinator, console)

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final
 
 from fedtide.wire import frame
@@ -15,6 +16,7 @@ MAX_CHUNK_BYTES: Final = 122_880
 """120 KiB: one 10 MB retained message to 200 devices took mosquitto to 1534 MB, chunks of this size to 20 MB;
 it also fits the smallest hosted brokers' 128 KB."""
 _RESERVED_BYTES: Final = 1024  # for the MQTT packet's topic and properties
+_MOST_MISSING: Final = 256  # named at once; the rest once these have come
 
 
 def chunk_bytes(broker_maximum: int | None, configured: int = MAX_CHUNK_BYTES) -> int:
@@ -100,8 +102,9 @@ class PartialUpdate:
     touched: float
 
     def missing(self) -> tuple[int, ...]:
-        """Indexes that have not arrived."""
-        return tuple(index for index in range(self.first.count) if index not in self.chunks)
+        """Indexes that have not arrived, the first 256: how many there are is only the sender's claim."""
+        absent = (index for index in range(self.first.count) if index not in self.chunks)
+        return tuple(islice(absent, _MOST_MISSING))
 
 
 class Assembler:
@@ -137,6 +140,8 @@ class Assembler:
             raise FrameTooLarge(chunk.size_bytes, self._max_envelope_bytes)
         if not 0 <= chunk.index < chunk.count <= max(1, chunk.size_bytes):
             raise MalformedFrame(f"chunk {chunk.index} of {chunk.count} of {chunk.size_bytes:,} bytes")
+        if chunk.count > 1 and not chunk.content:
+            raise MalformedFrame(f"chunk {chunk.index} of {chunk.count} is empty")
         if chunk.count == 1:
             self.drop(sender)
             return _checked(chunk.content, chunk)

@@ -129,12 +129,15 @@ def open_update(envelope: bytes, max_bytes: int) -> Envelope:
         PayloadDamaged: the payload is not the one the header was made for: damage in transit.
         WireError: too large, another version, or malformed.
     """
-    parts = frame.unpack_builtins(frame.strip_version(envelope, max_bytes))
-    match parts:
-        case [bytes(signed), bytes(signature), bytes(payload)] if len(signature) == SIGNATURE_BYTES:
-            pass
-        case _:
-            raise MalformedFrame("an envelope is three byte strings: header, signature of 64 bytes, payload")
+    content = frame.strip_version(envelope, max_bytes)
+    try:
+        signed, signature, payload = frame.unpack_byte_strings(content, tuple[bytes, bytes, bytes])
+    except MalformedFrame as error:
+        raise MalformedFrame(
+            f"an envelope is three byte strings, header, signature, payload: {error}"
+        ) from error
+    if len(signature) != SIGNATURE_BYTES:
+        raise MalformedFrame(f"a signature of {len(signature)} bytes; it has {SIGNATURE_BYTES}")
     if len(signed) > MAX_HEADER_BYTES:
         raise MalformedFrame(f"a header of {len(signed):,} bytes; at most {MAX_HEADER_BYTES:,} are accepted")
     header = frame.unpack(signed, UpdateHeader)

@@ -16,6 +16,7 @@ MAX_MESSAGE_BYTES: Final = 64 * 1024
 """Control messages are a few hundred bytes; a signed head with many deltas is a few KB."""
 
 M = TypeVar("M", bound="Message")
+P = TypeVar("P", bound=tuple[bytes, ...])
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,9 +57,28 @@ def from_builtins(value: Any, kind: type[M]) -> M:
         MalformedFrame: a missing field or a wrong type; the text names it.
     """
     try:
-        return msgspec.convert(value, kind, strict=True)
+        # Bytes are bytes: without this, msgspec also takes base64 text for them.
+        return msgspec.convert(value, kind, strict=True, builtin_types=(bytes,))
     except (msgspec.ValidationError, RecursionError) as error:
         raise MalformedFrame(f"not a {kind.__name__}: {error}") from error
+
+
+def unpack_byte_strings(packed: bytes | memoryview, shape: type[P]) -> P:
+    """Decode an array of byte strings, stopping at the first element that is something else.
+
+    For large input from strangers: a million empty maps, one byte each, would become a million objects.
+
+    Args:
+        packed: msgpack.
+        shape: for example ``tuple[bytes, bytes]``.
+
+    Raises:
+        MalformedFrame: not msgpack, trailing bytes, or not exactly these byte strings.
+    """
+    try:
+        return msgspec.msgpack.decode(packed, type=shape)
+    except msgspec.DecodeError as error:
+        raise MalformedFrame(str(error)) from error
 
 
 def to_frame(message: Message) -> bytes:

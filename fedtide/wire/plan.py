@@ -160,12 +160,15 @@ def open_plan(blob: bytes, key: PublicKey, max_bytes: int = MAX_PLAN_BYTES) -> P
     Raises:
         WireError: too large, malformed, not signed by ``key``, or a graph that is not the one signed for.
     """
-    parts = frame.unpack_builtins(frame.strip_version(blob, max_bytes))
-    if not isinstance(parts, list) or len(parts) != 4 or not all(isinstance(part, bytes) for part in parts):
-        raise MalformedFrame(
-            "a plan is four byte strings: manifest, signature, train graph, evaluation graph"
+    content = frame.strip_version(blob, max_bytes)
+    try:
+        packed, signature, train, evaluation = frame.unpack_byte_strings(
+            content, tuple[bytes, bytes, bytes, bytes]
         )
-    packed, signature, train, evaluation = parts
+    except MalformedFrame as error:
+        raise MalformedFrame(
+            f"a plan is four byte strings, manifest, signature, train graph, evaluation graph: {error}"
+        ) from error
     key.verify(PLAN_DOMAIN, packed, signature)
     manifest = frame.unpack(packed, PlanManifest)
     return Plan(

@@ -8,7 +8,7 @@ import msgspec
 from fedtide.wire import frame
 from fedtide.wire.errors import MalformedFrame
 from fedtide.wire.frame import MAX_MESSAGE_BYTES, Message
-from fedtide.wire.signatures import SIGNATURE_BYTES, PublicKey, SigningKey
+from fedtide.wire.signatures import PublicKey, SigningKey
 
 M = TypeVar("M", bound=Message)
 
@@ -37,7 +37,7 @@ def unseal_any(sealed: bytes, kinds: Any, key: PublicKey, domain: bytes) -> Mess
     """
     value = frame.unpack_builtins(verified(sealed, key, domain))
     try:
-        message: Message = msgspec.convert(value, kinds, strict=True)
+        message: Message = msgspec.convert(value, kinds, strict=True, builtin_types=(bytes,))
     except msgspec.ValidationError as error:
         names = ", ".join(kind.__name__ for kind in get_args(kinds))
         raise MalformedFrame(f"none of {names}: {error}") from error
@@ -50,10 +50,12 @@ def verified(sealed: bytes, key: PublicKey, domain: bytes) -> bytes:
     Raises:
         WireError: as :func:`unseal`.
     """
-    parts = frame.unpack_builtins(frame.strip_version(sealed, MAX_MESSAGE_BYTES))
-    match parts:
-        case [bytes(packed), bytes(signature)] if len(signature) == SIGNATURE_BYTES:
-            key.verify(domain, packed, signature)
-            return packed
-        case _:
-            raise MalformedFrame("a sealed message is two byte strings: the message and its signature")
+    content = frame.strip_version(sealed, MAX_MESSAGE_BYTES)
+    try:
+        packed, signature = frame.unpack_byte_strings(content, tuple[bytes, bytes])
+    except MalformedFrame as error:
+        raise MalformedFrame(
+            f"a sealed message is two byte strings, message and signature: {error}"
+        ) from error
+    key.verify(domain, packed, signature)
+    return packed

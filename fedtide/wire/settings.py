@@ -21,9 +21,11 @@ def load(path: Path, kind: type[S]) -> S:
         SettingsError: no such file, not TOML, an unknown key, a wrong type or a value out of range.
     """
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise SettingsError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path} is not TOML: {error}") from error
     return parse(text, kind, str(path), path.parent)
 
 

@@ -63,7 +63,13 @@ class Forger:
 
     def chunk(self, **changes):
         """One chunk that claims to be all of an envelope of four bytes."""
-        values = {"index": 0, "count": 1, "size_bytes": 4, "content": b"junk", "digest": update_digest(b"junk")}
+        values = {
+            "index": 0,
+            "count": 1,
+            "size_bytes": 4,
+            "content": b"junk",
+            "digest": update_digest(b"junk"),
+        }
         return frame.to_frame(UpdateChunk(counter=self.counter, **{**values, **changes}))
 
 

@@ -176,9 +176,7 @@ class Bench:
 
     def replay_from_start(self, on_version=lambda _state: None):
         """The state that the whole journal gives."""
-        rules = Rules(
-            aggregator=self.settings.aggregator, server_optimizer=self.settings.server_optimizer
-        )
+        rules = Rules(aggregator=self.settings.aggregator, server_optimizer=self.settings.server_optimizer)
         _, state = replay(
             self.journal,
             initial_state(self.plan.initial, rules),

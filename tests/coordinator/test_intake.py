@@ -94,7 +94,7 @@ def test_after_a_bad_update_the_same_device_is_served_as_before(half_full, case)
 
 @pytest.mark.parametrize("case", CASES, ids=names)
 def test_a_stranger_hears_only_that_it_is_one(half_full, case):
-    """An unknown key cannot find out more; and what is no chunk at all is refused before the roster is asked."""
+    """It cannot find out more. What is no chunk at all is refused before the roster is asked."""
     answers = [half_full.receive(STRANGER, message) for message in case.messages(forger(device=STRANGER))]
     reasons = {answer.rejection.reason for answer in answers}
     unreadable = {Reason.MALFORMED, Reason.TOO_LARGE, Reason.UNSUPPORTED_VERSION}
@@ -105,7 +105,7 @@ def test_an_honest_update_of_a_stranger_is_refused(half_full):
     message = forger(device=STRANGER).chunks(forger(device=STRANGER).envelope())
     answer = assert_rejected(half_full, message, Reason.UNKNOWN_DEVICE, sender=STRANGER)
     assert "fedtide enrol stranger" in answer.detail
-    assert answer.retry_after_s == 30.0
+    assert answer.retry_after_s >= 10.0  # the operator needs a moment
     assert STRANGER not in half_full.journal.marks()
 
 
@@ -228,4 +228,4 @@ def test_more_crumbs_than_a_512th_of_the_envelope_are_refused():
     assert intake.receive(PUMP, forger().chunk(count=11, size_bytes=5120), 0.0) is None
     refused = intake.receive(PUMP, forger().chunk(count=12, size_bytes=5120), 0.0)
     assert refused.rejection.reason is Reason.MALFORMED
-    assert "12 chunks for 5,120 bytes; send at least 512 in each" in refused.rejection.detail
+    assert "12 chunks for 5,120 bytes; chunks hold at least 512 bytes" in refused.rejection.detail

@@ -186,9 +186,7 @@ def test_an_update_for_fedasync_starts_from_its_published_base(open_bench):
 def test_a_version_that_was_not_published_is_no_base(open_bench):
     bench = open_bench(make_settings(aggregator=FedBuff(goal=1)))
     bench.send(make_update())
-    unpublished = make_update(
-        device=TWO, base_version=1, base_sha256=fingerprint(bench.state.parameters)
-    )
+    unpublished = make_update(device=TWO, base_version=1, base_sha256=fingerprint(bench.state.parameters))
     (receipt,) = bench.send(unpublished)
     assert receipt.reason is Reason.UNKNOWN_BASE
     bench.publish()
@@ -209,7 +207,8 @@ def test_parameters_that_devices_may_hold_are_never_changed_in_place(open_bench)
 @settings(max_examples=30, deadline=None)
 @given(
     st.lists(
-        st.lists(st.tuples(st.sampled_from(DEVICES), st.integers(1, 6), st.booleans()), max_size=8), max_size=6
+        st.lists(st.tuples(st.sampled_from(DEVICES), st.integers(1, 6), st.booleans()), max_size=8),
+        max_size=6,
     )
 )
 def test_whatever_arrives_however_often_each_update_counts_once_and_all_are_accounted(

@@ -1,0 +1,238 @@
+"""A version is offered once all of it is there; what nobody needs any more is taken away."""
+
+import asyncio
+
+import msgspec
+import numpy as np
+import pytest
+from recording_connection import RecordingConnection, retained
+from small_fleet import FLEET, PLAN, constant, device_key, make_settings
+
+from coordinator.publisher import Identity, Publisher, Version
+from coordinator.settings import Publish, Update
+from fedtide.wire.chunks import join_blob
+from fedtide.wire.link import LinkDown
+from fedtide.wire.messages import CoordinatorState, Head
+from fedtide.wire.parameters import fingerprint, to_bytes
+from fedtide.wire.seal import unseal
+from fedtide.wire.signatures import COORDINATOR_DOMAIN, HEAD_DOMAIN
+
+KEY = device_key("coordinator")
+HEAD = "fl/1/pumps/model/head"
+LARGE = np.arange(800, dtype=np.float32)  # 3200 bytes: four chunks of 1024
+
+
+def make_publisher(remember=None, clock=lambda: 1000.0, **changes):
+    async def nothing(_version):
+        pass
+
+    settings = make_settings(chunk_bytes=1024, **changes)
+    return Publisher(settings, Identity(5, PLAN.plan.id, b"the plan", KEY), remember or nothing, clock)
+
+
+def version(number, parameters=None):
+    return Version.of(number, constant(float(number)) if parameters is None else parameters)
+
+
+def heads(connection):
+    return [unseal(sealed, Head, KEY.public, HEAD_DOMAIN) for sealed in connection.payloads(HEAD)]
+
+
+def blob(connection, ref):
+    held, topic = retained(connection.published), f"fl/1/pumps/model/b/{ref.id}"
+    return join_blob(ref, {index: held[f"{topic}/{index}"] for index in range(ref.chunks)})
+
+
+def test_the_head_comes_after_every_chunk_it_points_at():
+    async def scenario():
+        connection = RecordingConnection()
+        await make_publisher().publish(connection, version(1, LARGE))
+        return connection
+
+    connection = asyncio.run(scenario())
+    (head,) = heads(connection)
+    assert connection.topics()[-1] == HEAD
+    assert all(publication.retain for publication in connection.published)
+    assert len(connection.published) == 1 + 4 + 1  # the plan, the model, the head
+    assert blob(connection, head.full_blob) == to_bytes(LARGE)
+    assert blob(connection, head.plan_blob) == b"the plan"
+
+
+def test_the_head_says_what_a_device_must_know():
+    publisher = make_publisher(publish=Publish(head_lifetime_s=50.0), update=Update(codec="float16"))
+
+    async def scenario():
+        connection = RecordingConnection()
+        await publisher.publish(connection, version(3))
+        return heads(connection)
+
+    (head,) = asyncio.run(scenario())
+    assert (head.fleet, head.epoch, head.version, head.plan) == (FLEET, 5, 3, PLAN.plan.id)
+    assert head.parameters_sha256 == fingerprint(constant(3.0))
+    assert (head.training, head.released_version) == (True, None)
+    assert (head.issued, head.expires) == (1000.0, 1050.0)
+    assert head.update_codec.id == "float16"
+
+
+def test_a_version_is_durable_before_any_of_it_is_sent():
+    connection = RecordingConnection()
+    sent_before = []
+
+    async def remember(_version):
+        sent_before.append(len(connection.published))
+
+    asyncio.run(make_publisher(remember).publish(connection, version(1)))
+    assert sent_before == [0]
+
+
+def test_a_version_that_cannot_be_made_durable_is_not_offered():
+    async def disk_full(_version):
+        raise OSError(28, "No space left on device")
+
+    connection = RecordingConnection()
+    with pytest.raises(OSError, match="No space left"):
+        asyncio.run(make_publisher(disk_full).publish(connection, version(1)))
+    assert connection.published == []
+
+
+def test_each_head_names_the_fingerprint_of_the_one_before():
+    async def scenario():
+        connection, publisher = RecordingConnection(), make_publisher()
+        for number in (1, 2, 5):
+            await publisher.publish(connection, version(number))
+        return heads(connection)
+
+    first, second, third = asyncio.run(scenario())
+    assert first.parent_sha256 == bytes(32)
+    assert second.parent_sha256 == first.parameters_sha256
+    assert third.parent_sha256 == second.parameters_sha256
+
+
+def test_three_models_stay_and_older_ones_are_cleared():
+    async def scenario():
+        connection, publisher = RecordingConnection(), make_publisher()
+        for number in range(1, 6):
+            await publisher.publish(connection, version(number))
+        return connection
+
+    connection = asyncio.run(scenario())
+    kept = {head.full_blob.id for head in heads(connection)[-3:]} | {heads(connection)[0].plan_blob.id}
+    blobs = {topic.split("/")[5] for topic in retained(connection.published) if "/b/" in topic}
+    assert blobs == kept
+
+
+def test_parameters_that_come_back_are_not_cleared():
+    """Versions 1 and 4 have the same parameters, so the same blob; it must survive for version 4."""
+
+    async def scenario():
+        connection, publisher = RecordingConnection(), make_publisher()
+        for number, value in enumerate([1.0, 2.0, 3.0, 1.0, 5.0], start=1):
+            await publisher.publish(connection, version(number, constant(value)))
+        return connection
+
+    connection = asyncio.run(scenario())
+    for head in heads(connection)[-3:]:
+        assert blob(connection, head.full_blob)
+
+
+def test_a_renewed_head_sends_no_chunk_again():
+    async def scenario():
+        connection, publisher = RecordingConnection(), make_publisher()
+        await publisher.publish(connection, version(1, LARGE))
+        before = len(connection.published)
+        await publisher.renew(connection, everything=False)
+        return [publication.topic for publication in connection.published[before:]]
+
+    assert asyncio.run(scenario()) == [HEAD]
+
+
+def test_a_broker_that_forgot_gets_everything_again():
+    async def scenario():
+        publisher, empty = make_publisher(), RecordingConnection()
+        await publisher.publish(RecordingConnection(), version(1, LARGE))
+        await publisher.renew(empty, everything=True)
+        return empty
+
+    empty = asyncio.run(scenario())
+    (head,) = heads(empty)
+    assert blob(empty, head.full_blob) == to_bytes(LARGE)
+    assert blob(empty, head.plan_blob) == b"the plan"
+    assert empty.topics()[-1] == HEAD
+
+
+def test_before_the_first_version_there_is_nothing_to_renew():
+    connection = RecordingConnection()
+    asyncio.run(make_publisher().renew(connection, everything=True))
+    assert connection.published == []
+
+
+def test_a_lost_connection_leaves_the_rest_to_the_next_one():
+    async def scenario():
+        publisher, first, second = make_publisher(), RecordingConnection(), RecordingConnection()
+        first.hold("/3")  # the last of four chunks
+        publishing = asyncio.create_task(publisher.publish(first, version(1, LARGE)))
+        await first.until(lambda: len(first.published) == 4)
+        first.lose()
+        with pytest.raises(LinkDown):
+            await publishing
+        await publisher.renew(second, everything=False)
+        return first, second
+
+    first, second = asyncio.run(scenario())
+    assert heads(first) == []
+    (head,) = heads(second)
+    assert blob(second, head.full_blob) == to_bytes(LARGE)
+
+
+def test_an_older_head_never_follows_a_newer_one():
+    """The last version is published while the one before is still on its way."""
+
+    async def scenario():
+        connection, publisher = RecordingConnection(), make_publisher()
+        chunk = blob_topic(version(1))
+        gate = connection.hold(chunk)
+        first = asyncio.create_task(publisher.publish(connection, version(1)))
+        second = asyncio.create_task(publisher.publish(connection, version(2)))
+        renewal = asyncio.create_task(publisher.renew(connection, everything=False))
+        await asyncio.wait([first, second, renewal], timeout=0.05)
+        gate.set()
+        await asyncio.gather(first, second, renewal)
+        return connection
+
+    numbers = [head.version for head in heads(asyncio.run(scenario()))]
+    assert numbers == sorted(numbers)
+    assert numbers[-1] == 2
+
+
+def blob_topic(offered):
+    return f"/b/{offered.fingerprint.hex()[:32]}/"
+
+
+def test_chunks_fit_what_the_broker_announced():
+    async def scenario():
+        connection = RecordingConnection(max_packet_bytes=1024 + 500)
+        await make_publisher().publish(connection, version(1, LARGE))
+        return connection
+
+    connection = asyncio.run(scenario())
+    (head,) = heads(connection)
+    assert (head.full_blob.chunk_bytes, head.full_blob.chunks) == (500, 7)  # 3200 / 500 = 6.4
+    assert max(len(p.payload) for p in connection.published if "/b/" in p.topic) == 500
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_the_coordinators_state_is_signed_and_retained(online):
+    connection, publisher = RecordingConnection(), make_publisher()
+    asyncio.run(publisher.announce(connection, online=online))
+    (publication,) = connection.published
+    state = unseal(publication.payload, CoordinatorState, KEY.public, COORDINATOR_DOMAIN)
+    assert (publication.topic, publication.retain) == ("fl/1/pumps/coord", True)
+    assert msgspec.structs.asdict(state) | {"online": None} == {
+        "fleet": FLEET,
+        "epoch": 5,
+        "online": None,
+        "protocol_min": 1,
+        "protocol_max": 1,
+        "shards": 1,
+    }
+    assert state.online is online

@@ -1,0 +1,194 @@
+import shutil
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import numpy as np
+import pytest
+from agent_world import COORDINATOR_KEY, STRANGERS_KEY, Release, tiny_plan
+
+from edge_agent import model_slots
+from edge_agent.model_slots import InstalledModel, ModelSlots, WrongModel
+from fedtide.wire.durable import remove_durably, write_durably
+from fedtide.wire.errors import WireError
+from fedtide.wire.ids import PlanId
+from fedtide.wire.plan import seal_plan
+
+KEY: Final = COORDINATOR_KEY.public
+
+
+def open_slots(directory: Path) -> ModelSlots:
+    return ModelSlots(directory, KEY, sync=False)
+
+
+def install(slots: ModelSlots, release: Release) -> InstalledModel:
+    return slots.install(release.sealed_head, release.head, release.plan_blob, release.content)
+
+
+def version_on_disk(directory: Path) -> int | None:
+    model = open_slots(directory).newest()
+    return None if model is None else model.head.version
+
+
+def is_release(model: InstalledModel, release: Release) -> bool:
+    return (
+        model.head == release.head
+        and model.plan == release.plan
+        and np.array_equal(model.parameters, release.parameters)
+    )
+
+
+def test_there_is_no_model_before_the_first(tmp_path: Path) -> None:
+    assert open_slots(tmp_path / "models").newest() is None
+
+
+def test_an_installed_model_is_there_after_a_restart_and_read_only(tmp_path: Path) -> None:
+    release = Release(7)
+    assert is_release(install(open_slots(tmp_path), release), release)
+    model = open_slots(tmp_path).newest()
+    assert model is not None
+    assert is_release(model, release)
+    assert not model.parameters.flags.writeable
+
+
+def test_models_take_turns_in_two_slots_and_the_newest_is_run(tmp_path: Path) -> None:
+    slots = open_slots(tmp_path)
+    for version in range(1, 6):
+        install(slots, Release(version))
+        assert version_on_disk(tmp_path) == version
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a", "b", "plans"]
+
+
+def test_after_a_restart_the_slot_in_use_is_not_the_one_written_to(tmp_path: Path) -> None:
+    for version in (1, 2, 3):
+        slots = open_slots(tmp_path)
+        slots.newest()
+        install(slots, Release(version))
+    shutil.rmtree(tmp_path / "a")
+    assert version_on_disk(tmp_path) == 2
+
+
+def test_a_higher_epoch_is_newer_than_a_higher_version(tmp_path: Path) -> None:
+    slots = open_slots(tmp_path)
+    install(slots, Release(9, epoch=1))
+    install(slots, Release(3, epoch=2))
+    assert version_on_disk(tmp_path) == 3
+
+
+def test_whenever_the_power_is_cut_a_whole_model_is_left_and_it_never_gets_older(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuts: list[Path] = []
+    models = tmp_path / "models"
+
+    def power_cut_here(half_written: Path | None = None, content: bytes = b"") -> None:
+        cut = tmp_path / f"cut {len(cuts)}"
+        shutil.copytree(models, cut)
+        if half_written is not None:
+            torn = cut / half_written.relative_to(models)
+            torn.with_name(torn.name + ".new").write_bytes(content[: len(content) // 2])
+        cuts.append(cut)
+
+    def write(path: Path, content: bytes, *, sync: bool) -> None:
+        power_cut_here()
+        power_cut_here(path, content)
+        write_durably(path, content, sync=sync)
+        power_cut_here()
+
+    def remove(path: Path, *, sync: bool) -> None:
+        power_cut_here()
+        remove_durably(path, sync=sync)
+        power_cut_here()
+
+    monkeypatch.setattr(model_slots, "write_durably", write)
+    monkeypatch.setattr(model_slots, "remove_durably", remove)
+    releases = {
+        version: Release(version, plan=tiny_plan("line" if version < 4 else "curve")) for version in range(1, 6)
+    }
+    slots, found = open_slots(models), []
+    for version, release in releases.items():
+        cuts.clear()
+        install(slots, release)
+        for cut in cuts:
+            model = open_slots(cut).newest()
+            assert model is not None or version == 1
+            if model is not None:
+                assert model.head.version in {version - 1, version}
+                assert is_release(model, releases[model.head.version])
+                found.append(model.head.version)
+            shutil.rmtree(cut)
+    assert found == sorted(found)
+    assert set(found) == set(releases)
+
+
+def test_parameters_that_are_not_the_heads_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    slots, good, next_one = open_slots(tmp_path), Release(1), Release(2)
+    install(slots, good)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    with pytest.raises(WrongModel, match="fingerprint of version 2"):
+        slots.install(next_one.sealed_head, next_one.head, next_one.plan_blob, good.content)
+    with pytest.raises(WrongModel, match="8 bytes of parameters; the plan has 3"):
+        slots.install(next_one.sealed_head, next_one.head, next_one.plan_blob, next_one.content[:8])
+    other_plan = Release(2, plan=tiny_plan("curve"))
+    with pytest.raises(WrongModel, match=f"the plan is {other_plan.plan.id}; the head names {good.plan.id}"):
+        slots.install(next_one.sealed_head, next_one.head, other_plan.plan_blob, next_one.content)
+    with pytest.raises(WireError):
+        slots.install(
+            next_one.sealed_head, next_one.head, seal_plan(tiny_plan(), STRANGERS_KEY), next_one.content
+        )
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["head", "parameters"])
+@pytest.mark.parametrize("damage", [b"", b"\0" * 12, b"junk"])
+def test_a_damaged_slot_is_not_used_and_the_other_one_is(tmp_path: Path, name: str, damage: bytes) -> None:
+    slots = open_slots(tmp_path)
+    install(slots, Release(1))
+    install(slots, Release(2))
+    (tmp_path / "b" / name).write_bytes(damage)
+    again = open_slots(tmp_path)
+    model = again.newest()
+    assert model is not None
+    assert model.head.version == 1
+    install(again, Release(3))
+    assert version_on_disk(tmp_path) == 3
+
+
+def test_a_slot_whose_plan_is_missing_or_damaged_is_not_used(tmp_path: Path) -> None:
+    slots = open_slots(tmp_path)
+    install(slots, Release(1))
+    (plan,) = (tmp_path / "plans").iterdir()
+    good = plan.read_bytes()
+    plan.write_bytes(good[:-1])
+    assert version_on_disk(tmp_path) is None
+    plan.unlink()
+    assert version_on_disk(tmp_path) is None
+    plan.write_bytes(good)
+    assert version_on_disk(tmp_path) == 1
+
+
+def test_a_model_that_another_coordinator_signed_is_not_loaded(tmp_path: Path) -> None:
+    slots = open_slots(tmp_path)
+    install(slots, Release(1))
+    assert ModelSlots(tmp_path, STRANGERS_KEY.public, sync=False).newest() is None
+
+
+def test_a_plan_is_kept_under_its_id_and_written_again_when_it_is_damaged(tmp_path: Path) -> None:
+    slots, release = open_slots(tmp_path), Release(1)
+    assert slots.plan_blob(release.plan.id) is None
+    install(slots, release)
+    assert slots.plan_blob(release.plan.id) == release.plan_blob
+    (tmp_path / "plans" / f"{release.plan.id}.plan").write_bytes(b"damaged")
+    install(slots, Release(2))
+    assert version_on_disk(tmp_path) == 2
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "x", "..", "/", "0g"])
+def test_a_name_from_the_network_never_becomes_a_path(tmp_path: Path, name: str) -> None:
+    slots, release = open_slots(tmp_path), Release(1)
+    with pytest.raises(ValueError, match="hex"):
+        slots.plan_blob(PlanId(name))
+    head = msgspec.structs.replace(release.head, plan=PlanId(name))
+    with pytest.raises(WrongModel, match="the head names"):
+        slots.install(release.sealed_head, head, release.plan_blob, release.content)
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == []

@@ -86,6 +86,7 @@ class Committer:
         self._committed_version = writer.state.version
         self._waiting: list[Waiting] = []
         self._work = asyncio.Event()
+        self._judged = asyncio.Event()
         self._finishing = False
         self._buffer_since = time.monotonic() if writer.state.buffer.count else None
 
@@ -94,6 +95,12 @@ class Committer:
         self.accounting.arrived()
         self._waiting.append(waiting)
         self._work.set()
+
+    async def room(self) -> None:
+        """Wait until less than a batch waits: what does not need our acknowledgement must not pile up here."""
+        while len(self._waiting) >= self._settings.journal.max_batch:
+            self._judged.clear()
+            await self._judged.wait()
 
     def tick(self) -> None:
         """Look at the time limit of the buffer."""
@@ -125,6 +132,7 @@ class Committer:
             judged = self._writer.judge([waiting.arrival for waiting in part])
             await self._commit(judged.batch)
             self.accounting.judged(judged.batch.totals)
+            self._judged.set()
             self.staleness.update(judged.staleness)
             for waiting in part:
                 waiting.connection.acknowledge(waiting.delivery)

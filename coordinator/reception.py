@@ -125,6 +125,7 @@ class Reception:
         async for delivery in connection.deliveries():
             if fields := topics.UPDATE.parse(delivery.topic):
                 self._take_update(connection, delivery, fields["device"])
+                await self._committer.room()
                 continue
             connection.acknowledge(delivery)
             if fields := topics.PRESENCE.parse(delivery.topic):

@@ -4,8 +4,10 @@ Adding one means a class here and its place in ``DataSource``; the shared tests 
 """
 
 import csv
+import zipfile
+import zlib
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, Final, TypeAlias
 
 import msgspec
 import numpy as np
@@ -14,6 +16,19 @@ from msgspec import Meta
 from edge_agent.dataset import Array, Dataset
 from fedtide.wire.parameters import TensorSpec
 from fedtide.wire.plan import PlanManifest
+
+# What numpy, zipfile and csv raise for files that are cut, damaged or something else altogether.
+_UNREADABLE: Final = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    EOFError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+    csv.Error,
+)
 
 
 class DataError(Exception):
@@ -37,19 +52,26 @@ class _Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         """
         try:
             arrays, targets = self._read(manifest)
-        except (OSError, ValueError, KeyError) as error:
+            if len(arrays) != len(manifest.inputs):
+                raise ValueError(f"the plan takes {len(manifest.inputs)} inputs, not {len(arrays)}")
+            inputs = tuple(
+                _fitted(array, wanted) for array, wanted in zip(arrays, manifest.inputs, strict=True)
+            )
+            wanted = manifest.targets
+            return Dataset(inputs, _fitted(targets, wanted) if wanted and targets is not None else None)
+        except _UNREADABLE as error:
             raise DataError(f"{self.path}: {error}") from error
-        inputs = tuple(
-            _fitted(self.path, array, wanted) for array, wanted in zip(arrays, manifest.inputs, strict=True)
-        )
-        wanted = manifest.targets
-        return Dataset(
-            inputs, _fitted(self.path, targets, wanted) if wanted and targets is not None else None
-        )
 
     def changed_since(self, stamp: tuple[int, int] | None) -> tuple[int, int] | None:
-        """A stamp of the file if it is another than ``stamp``; None if nothing changed."""
-        status = self.path.stat()
+        """A stamp of the file if it is another than ``stamp``; None if nothing changed.
+
+        Raises:
+            DataError: no such file.
+        """
+        try:
+            status = self.path.stat()
+        except OSError as error:
+            raise DataError(f"{self.path}: {error}") from error
         now = (status.st_mtime_ns, status.st_size)
         return None if now == stamp else now
 
@@ -69,13 +91,11 @@ class Npz(_Source, frozen=True, tag="npz"):
     targets: str = "y"
 
     def _read(self, manifest: PlanManifest) -> tuple[list[Array], Array | None]:
-        with np.load(self.path, allow_pickle=False) as archive:
+        with self.path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             names = (*self.inputs, *((self.targets,) if manifest.targets else ()))
             missing = [name for name in names if name not in archive]
             if missing:
                 raise ValueError(f"no array {missing[0]!r}; the archive has {', '.join(archive.files)}")
-            if len(self.inputs) != len(manifest.inputs):
-                raise ValueError(f"the plan takes {len(manifest.inputs)} inputs, not {len(self.inputs)}")
             targets = archive[self.targets] if manifest.targets else None
             return [archive[name] for name in self.inputs], targets
 
@@ -105,6 +125,8 @@ class Csv(_Source, frozen=True, tag="csv"):
             values = [[_number(row[name], name, rows.line_num) for name in wanted] for row in rows]
         table = np.array(values, np.float64).reshape(len(values), len(wanted))
         shape = [axis or 1 for axis in manifest.inputs[0].shape[1:]]
+        if len(features) != manifest.inputs[0].size:
+            raise ValueError(f"{len(features)} columns of features; the plan takes {manifest.inputs[0].size}")
         inputs = table[:, : len(features)].reshape(len(table), *shape)
         return [inputs], table[:, -1] if manifest.targets else None
 
@@ -120,18 +142,26 @@ def _number(text: str | None, column: str, line: int) -> float:
         raise ValueError(f"line {line}, column {column!r}: {text!r} is not a number") from None
 
 
-def _fitted(path: Path, array: Array, wanted: TensorSpec) -> Array:
-    """The array with the plan's dtype, if its shape fits and nothing is lost or infinite."""
+def _fitted(values: Any, wanted: TensorSpec) -> Array:
+    """The values with the plan's dtype, if their shape fits and nothing is lost or infinite.
+
+    Raises:
+        ValueError: they do not fit; the text says why.
+    """
+    array = np.asarray(values)
+    if array.dtype.kind not in "biuf" or array.ndim == 0:
+        raise ValueError(f"{wanted.name!r} is {array.dtype} {array.shape}; it must be an array of numbers")
     if list(array.shape[1:]) != list(wanted.shape[1:]):
-        raise DataError(
-            f"{path}: examples for {wanted.name!r} have shape {array.shape[1:]}; "
+        raise ValueError(
+            f"examples for {wanted.name!r} have shape {array.shape[1:]}; "
             f"the plan takes {tuple(wanted.shape[1:])}"
         )
     if len(array) == 0:
-        raise DataError(f"{path}: no examples for {wanted.name!r}; at least 1 is needed")
-    fitted = array.astype(wanted.dtype)
+        raise ValueError(f"no examples for {wanted.name!r}; at least 1 is needed")
+    with np.errstate(over="ignore", invalid="ignore"):  # both are found out below
+        fitted = array.astype(wanted.dtype)
     if fitted.dtype.kind == "f" and not np.isfinite(fitted).all():
-        raise DataError(f"{path}: NaN or infinite values for {wanted.name!r}")
+        raise ValueError(f"NaN or infinite values for {wanted.name!r}")
     if fitted.dtype.kind in "iu" and not np.array_equal(fitted, array):
-        raise DataError(f"{path}: {wanted.name!r} must be whole numbers")
+        raise ValueError(f"{wanted.name!r} must be whole numbers")
     return np.ascontiguousarray(fitted)

@@ -34,12 +34,13 @@ class Fetcher:
     fleet: FleetId
     max_bytes: int
     _blob: BlobId | None = None
+    _count: int = 0
     _chunks: dict[int, bytes] = field(default_factory=dict)
     _arrived: asyncio.Event = field(default_factory=asyncio.Event)
 
     def take(self, blob: str, index: int, payload: bytes) -> None:
         """Take a delivered chunk; anything not asked for is ignored."""
-        if blob == self._blob and payload and len(payload) <= MAX_CHUNK_BYTES:
+        if blob == self._blob and 0 <= index < self._count and 0 < len(payload) <= MAX_CHUNK_BYTES:
             self._chunks[index] = payload
             self._arrived.set()
 
@@ -53,7 +54,7 @@ class Fetcher:
         """
         check_ref(ref, self.max_bytes)
         if ref.id != self._blob:
-            self._blob, self._chunks = ref.id, {}
+            self._blob, self._count, self._chunks = ref.id, ref.chunks, {}
         missing = [index for index in range(ref.chunks) if index not in self._chunks]
         for start in range(0, len(missing), _OUTSTANDING):
             await self._pull(connection, ref, missing[start : start + _OUTSTANDING])

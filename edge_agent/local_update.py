@@ -44,7 +44,8 @@ def sealed_update(
     """
     head, schema = model.head, model.plan.manifest.schema
     codec = codecs.get(head.update_codec.id)
-    delta = np.subtract(result.parameters, model.parameters)
+    with np.errstate(over="ignore", invalid="ignore"):  # found out at once
+        delta = np.subtract(result.parameters, model.parameters)
     if not np.isfinite(delta).all():
         raise TrainingDiverged(
             f"training on version {head.version} diverged (loss {result.loss:g}); "

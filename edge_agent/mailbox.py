@@ -6,6 +6,7 @@ It dials, announces the device, and files what arrives; the agent's work loop wa
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -36,6 +37,7 @@ from fedtide.wire.signatures import COORDINATOR_DOMAIN, DOWN_DOMAIN, HEAD_DOMAIN
 
 log = logging.getLogger(__name__)
 
+_UNREAD_HEADS: Final = 4  # more than one, so that a forgery does not push a real head out
 _ASK_AGAIN_S: Final = 5.0
 _ASK_AGAIN_AT_MOST_S: Final = 300.0
 _RECEIVE_MAXIMUM: Final = 4  # chunks under way to this device; the broker's memory for it is bounded by that
@@ -85,6 +87,7 @@ class Mailbox:
         self._news = asyncio.Event()
         self._head: SealedHead | None = None
         self._heads = 0
+        self._unread_heads: deque[bytes] = deque(maxlen=_UNREAD_HEADS)
         self._floor: tuple[Epoch, ModelVersion] = (Epoch(0), ModelVersion(0))
         self._coordinator_state: CoordinatorState | None = None
         self._receipt: Receipt | None = None
@@ -144,10 +147,11 @@ class Mailbox:
 
     async def head(self, wanted: Callable[[Head], bool]) -> SealedHead:
         """The newest head, once it is one that is wanted."""
-        await self._until(lambda: self._head is not None and wanted(self._head.head))
-        if self._head is None:
-            raise LinkDown("no head has arrived")
-        return self._head
+        while True:
+            newest = self._newest_head()
+            if newest is not None and wanted(newest.head):
+                return newest
+            await self._until(lambda: bool(self._unread_heads))
 
     def forget_answers(self) -> None:
         """Before an update is sent (again): what was answered to an earlier attempt does not count."""
@@ -253,23 +257,37 @@ class Mailbox:
         elif topic == topics.DOWN.name(fleet, device=self._settings.device):
             self._file_down(unseal_any(delivery.payload, DownMessage, self._coordinator, DOWN_DOMAIN))
         elif topic == topics.HEAD.name(fleet):
-            self._file_head(delivery.payload)
+            self._unread_heads.append(delivery.payload)
+            self._heads += 1
         elif topic == topics.COORDINATOR.name(fleet):
             state = unseal(delivery.payload, CoordinatorState, self._coordinator, COORDINATOR_DOMAIN)
             if self._coordinator_state is None or state.epoch >= self._coordinator_state.epoch:
                 self._coordinator_state, self.shards = state, max(1, state.shards)
 
-    def _file_head(self, sealed: bytes) -> None:
-        head = unseal(sealed, Head, self._coordinator, HEAD_DOMAIN)
+    def _newest_head(self) -> SealedHead | None:
+        """Unsealed when it is asked for: while a device trains, heads may pass it by."""
+        unread = list(self._unread_heads)
+        self._unread_heads.clear()
+        for sealed in reversed(unread):
+            try:
+                head = unseal(sealed, Head, self._coordinator, HEAD_DOMAIN)
+            except WireError as error:
+                log.warning("Ignored a head: %s", error, extra={"event": "head.ignored"})
+                continue
+            if self._accepts(head):
+                self._head = SealedHead(head, sealed)
+                break
+        return self._head
+
+    def _accepts(self, head: Head) -> bool:
         newest = max(self._floor, self._head.head.order) if self._head else self._floor
         if head.fleet != self._settings.fleet or head.order < newest or head.version < self._floor[1]:
             log.warning(
                 "Ignored the head of version %d, epoch %d: older than what this device has run",
                 head.version, head.epoch, extra={"event": "head.older"},
             )  # fmt: skip
-            return
-        self._heads += 1
-        self._head = SealedHead(head, sealed)
+            return False
+        return True
 
     def _file_down(self, message: frame.Message) -> None:
         match message:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from fedtide.wire.durable import remove_durably, write_durably
+from fedtide.wire.durable import write_durably
 from fedtide.wire.envelope import update_digest
 from fedtide.wire.ids import Counter
 
@@ -87,7 +87,8 @@ class Outbox:
 
     def remove(self, counter: Counter) -> None:
         """Forget an update: its receipt has come."""
-        remove_durably(self._file(counter), sync=self._sync)
+        # Not synced: should a power cut bring it back, the coordinator knows it and answers "duplicate".
+        self._file(counter).unlink(missing_ok=True)
         self._pending.pop(counter, None)
         self._sent.discard(counter)
 

@@ -23,13 +23,6 @@ def write_durably(path: Path, content: bytes, *, sync: bool = True) -> None:
         sync_directory(path.parent)
 
 
-def remove_durably(path: Path, *, sync: bool = True) -> None:
-    """Remove a file, and make that durable. A file that is not there is fine."""
-    path.unlink(missing_ok=True)
-    if sync:
-        sync_directory(path.parent)
-
-
 def sync_directory(directory: Path) -> None:
     """Make renames, removals and new names in a directory durable."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)

@@ -1,4 +1,4 @@
-"""A coordinator without its network, for a plan of eight parameters that is never run, driven step by step."""
+"""A coordinator without its network, for a plan of eight parameters that no device ever runs."""
 
 import hashlib
 from pathlib import Path

@@ -331,7 +331,11 @@ class ScriptedCoordinator:
         await self._publish(topics.COORDINATOR.name(FLEET), seal(state, key, COORDINATOR_DOMAIN), True)
 
     async def answer(
-        self, update: Arrived, verdict: Verdict = Verdict.APPLIED, reason: Reason | None = None, **changes: object
+        self,
+        update: Arrived,
+        verdict: Verdict = Verdict.APPLIED,
+        reason: Reason | None = None,
+        **changes: object,
     ) -> None:
         """A receipt for an update, with some fields changed."""
         await self.tell(msgspec.structs.replace(receipt_for(update, verdict, reason), **changes))

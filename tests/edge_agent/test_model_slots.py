@@ -1,4 +1,5 @@
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -9,7 +10,7 @@ from agent_world import COORDINATOR_KEY, STRANGERS_KEY, Release, tiny_plan
 
 from edge_agent import model_slots
 from edge_agent.model_slots import InstalledModel, ModelSlots, WrongModel
-from fedtide.wire.durable import remove_durably, write_durably
+from fedtide.wire.durable import write_durably
 from fedtide.wire.errors import WireError
 from fedtide.wire.ids import PlanId
 from fedtide.wire.plan import seal_plan
@@ -56,7 +57,7 @@ def test_models_take_turns_in_two_slots_and_the_newest_is_run(tmp_path: Path) ->
     for version in range(1, 6):
         install(slots, Release(version))
         assert version_on_disk(tmp_path) == version
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["a", "b", "plans"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a.model", "b.model", "plans"]
 
 
 def test_after_a_restart_the_slot_in_use_is_not_the_one_written_to(tmp_path: Path) -> None:
@@ -64,7 +65,7 @@ def test_after_a_restart_the_slot_in_use_is_not_the_one_written_to(tmp_path: Pat
         slots = open_slots(tmp_path)
         slots.newest()
         install(slots, Release(version))
-    shutil.rmtree(tmp_path / "a")
+    (tmp_path / "a.model").unlink()
     assert version_on_disk(tmp_path) == 2
 
 
@@ -95,15 +96,10 @@ def test_whenever_the_power_is_cut_a_whole_model_is_left_and_it_never_gets_older
         write_durably(path, content, sync=sync)
         power_cut_here()
 
-    def remove(path: Path, *, sync: bool) -> None:
-        power_cut_here()
-        remove_durably(path, sync=sync)
-        power_cut_here()
-
     monkeypatch.setattr(model_slots, "write_durably", write)
-    monkeypatch.setattr(model_slots, "remove_durably", remove)
     releases = {
-        version: Release(version, plan=tiny_plan("line" if version < 4 else "curve")) for version in range(1, 6)
+        version: Release(version, plan=tiny_plan("line" if version < 4 else "curve"))
+        for version in range(1, 6)
     }
     slots, found = open_slots(models), []
     for version, release in releases.items():
@@ -139,13 +135,23 @@ def test_parameters_that_are_not_the_heads_are_refused_and_nothing_is_written(tm
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
-@pytest.mark.parametrize("name", ["head", "parameters"])
-@pytest.mark.parametrize("damage", [b"", b"\0" * 12, b"junk"])
-def test_a_damaged_slot_is_not_used_and_the_other_one_is(tmp_path: Path, name: str, damage: bytes) -> None:
+def torn(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def flipped(content: bytes) -> bytes:
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+@pytest.mark.parametrize("damage", [lambda _: b"", lambda _: b"\0" * 12, lambda _: b"junk", torn, flipped])
+def test_a_damaged_slot_is_not_used_and_the_other_one_is(
+    tmp_path: Path, damage: Callable[[bytes], bytes]
+) -> None:
     slots = open_slots(tmp_path)
     install(slots, Release(1))
     install(slots, Release(2))
-    (tmp_path / "b" / name).write_bytes(damage)
+    slot = tmp_path / "b.model"
+    slot.write_bytes(damage(slot.read_bytes()))
     again = open_slots(tmp_path)
     model = again.newest()
     assert model is not None

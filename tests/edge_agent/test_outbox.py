@@ -97,7 +97,7 @@ def test_an_update_is_synced_when_put_returns_and_a_counter_when_it_is_given_out
     assert synced == [f"{counter}.update.new", tmp_path.name]
     synced.clear()
     outbox.remove(counter)
-    assert synced == [tmp_path.name]
+    assert synced == []  # a power cut may bring it back: the coordinator then answers "duplicate"
 
 
 def test_a_newer_update_takes_the_place_of_one_that_was_never_sent(tmp_path: Path) -> None:

@@ -142,7 +142,9 @@ def test_an_envelope_is_whole_at_its_last_missing_chunk_whatever_the_order_and_r
 
 @given(one=st.binary(min_size=11, max_size=100), other=st.binary(min_size=11, max_size=100), data=st.data())
 def test_two_senders_do_not_disturb_each_other(one: bytes, other: bytes, data: st.DataObject) -> None:
-    tagged = [("pump-1", chunk) for chunk in chunks_of(one)] + [("pump-2", chunk) for chunk in chunks_of(other)]
+    tagged = [("pump-1", chunk) for chunk in chunks_of(one)] + [
+        ("pump-2", chunk) for chunk in chunks_of(other)
+    ]
     assembler, whole = Assembler(LARGE, LARGE), {}
     for sender, chunk in data.draw(st.permutations(tagged)):
         envelope = assembler.add(sender, chunk, 0.0)

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from fedtide.wire import durable
-from fedtide.wire.durable import remove_durably, write_durably
+from fedtide.wire.durable import write_durably
 
 
 class Power:
@@ -61,20 +61,8 @@ def test_a_power_cut_before_the_rename_leaves_the_old_file_and_does_not_matter_l
     assert list(file.parent.iterdir()) == [file]
 
 
-def test_a_removal_is_made_durable_and_a_missing_file_is_fine(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_durably(file, b"old")
-    power = Power(monkeypatch, file)
-    remove_durably(file)
-    remove_durably(file)
-    assert power.synced == [(file.parent.name, None)] * 2
-
-
 def test_simulated_devices_sync_nothing(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     power = Power(monkeypatch, file)
     write_durably(file, b"new", sync=False)
     assert file.read_bytes() == b"new"
-    remove_durably(file, sync=False)
-    assert not file.exists()
     assert power.synced == []

@@ -27,7 +27,9 @@ def test_an_empty_frame_is_malformed() -> None:
 
 @pytest.mark.parametrize("version", [0, 2, 255])
 def test_another_protocol_version_is_refused_with_the_version_this_build_speaks(version: int) -> None:
-    with pytest.raises(UnsupportedVersion, match=f"protocol version {version}; this build speaks 1") as refused:
+    with pytest.raises(
+        UnsupportedVersion, match=f"protocol version {version}; this build speaks 1"
+    ) as refused:
         frame.from_frame(bytes((version,)) + frame.pack(RECEIPT), Receipt)
     assert refused.value.version == version
 
@@ -115,7 +117,9 @@ def test_whatever_bytes_come_only_wire_errors_are_raised(content: bytes) -> None
 
 
 @given(message=st.sampled_from(MESSAGES), data=st.data())
-def test_a_damaged_frame_is_another_message_or_a_wire_error(message: frame.Message, data: st.DataObject) -> None:
+def test_a_damaged_frame_is_another_message_or_a_wire_error(
+    message: frame.Message, data: st.DataObject
+) -> None:
     damaged = bytearray(frame.to_frame(message))
     for _ in range(data.draw(st.integers(1, 4))):
         damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))

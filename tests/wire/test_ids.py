@@ -13,7 +13,8 @@ def test_ids_of_one_to_64_safe_characters_pass_unchanged(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "a" * 65, "Pump", "pump 7", "pump/7", "pump+", "#", "pump.7", "..", "pömp", "pump\n", "٣", "\0"]
+    "text",
+    ["", "a" * 65, "Pump", "pump 7", "pump/7", "pump+", "#", "pump.7", "..", "pömp", "pump\n", "٣", "\0"],
 )
 def test_ids_that_a_topic_or_a_file_name_cannot_carry_are_refused(text: str) -> None:
     with pytest.raises(MalformedId, match=r"1 to 64 of lower-case letters, digits, '_' and '-'"):

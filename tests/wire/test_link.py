@@ -393,9 +393,7 @@ def frugal(tmp_path_factory: pytest.TempPathFactory) -> Any:
     directory, port = tmp_path_factory.mktemp("frugal"), free_port()
     lines = development(port, state=directory / "state", run_as="root" if os.geteuid() == 0 else None)
     config = "\n".join(line for line in lines.splitlines() if not line.startswith("max_packet_size"))
-    with start_local_broker(
-        directory, "mosquitto", f"{config}\nmax_packet_size 20000\n", port
-    ) as started:
+    with start_local_broker(directory, "mosquitto", f"{config}\nmax_packet_size 20000\n", port) as started:
         yield started
 
 

@@ -60,7 +60,7 @@ def test_flatten_needs_every_tensor_in_its_size() -> None:
 
 def test_parameters_travel_as_little_endian_float32() -> None:
     vector = np.array([1.0, -2.5], np.float32)
-    content = bytes.fromhex("0000803f" "000020c0")
+    content = bytes.fromhex("0000803f000020c0")
     assert to_bytes(vector) == content
     assert to_bytes(vector.astype(">f4")) == content
     assert from_bytes(content).tolist() == [1.0, -2.5]

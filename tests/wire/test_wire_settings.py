@@ -30,9 +30,7 @@ def test_tables_become_typed_objects_and_what_is_left_out_its_default() -> None:
 
 
 def test_relative_paths_are_relative_to_the_file_and_absolute_ones_stay() -> None:
-    text = (
-        'name = "pumps"\nstate = "data"\n[broker.tls]\nauthority = "/etc/ca.pem"\ncertificate = "tls/own.pem"\n'
-    )
+    text = 'name = "pumps"\nstate = "data"\n[broker.tls]\nauthority = "/etc/ca.pem"\ncertificate = "tls/own.pem"\n'
     settings = read(text, Path("/srv/fleet"))
     assert settings.state == Path("/srv/fleet/data")
     assert settings.broker.tls == Tls(
@@ -48,7 +46,10 @@ def test_relative_paths_are_relative_to_the_file_and_absolute_ones_stay() -> Non
         ('name = "pumps"\n[broker]\nhosts = "a:1883"', r"`array`, got `str` - at `\$\.broker\.hosts`"),
         ('name = "pumps"\n[broker]\nhost = "a:1883"', r"unknown field `host` - at `\$\.broker`"),
         ('name = "pumps"\n[broker]\nkeepalive_s = 4', r">= 5 - at `\$\.broker\.keepalive_s`"),
-        ('name = "pumps"\n[broker]\nkeepalive_s = 30.0', r"`int`, got `float` - at `\$\.broker\.keepalive_s`"),
+        (
+            'name = "pumps"\n[broker]\nkeepalive_s = 30.0',
+            r"`int`, got `float` - at `\$\.broker\.keepalive_s`",
+        ),
         ('name = "pumps"\ngoal = 0', r">= 1 - at `\$\.goal`"),
         ('name = "pumps"\ngoal = "10"', r"`int`, got `str` - at `\$\.goal`"),
         ('name = "pumps"\ngaol = 1', "unknown field `gaol`"),

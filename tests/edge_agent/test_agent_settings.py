@@ -1,0 +1,72 @@
+from pathlib import Path
+
+import pytest
+from agent_world import COORDINATOR_KEY
+
+from edge_agent.data_sources import Csv
+from edge_agent.settings import AgentSettings, LocalTraining
+from fedtide.wire.plan import Training
+from fedtide.wire.settings import SettingsError, parse
+
+MINIMAL = f"""
+fleet = "pumps"
+device = "pump-7"
+coordinator_key = "{COORDINATOR_KEY.public}"
+key = "device.key"
+state = "state"
+data = {{kind = "csv", path = "examples.csv"}}
+"""
+
+
+def read(text: str) -> AgentSettings:
+    return parse(text, AgentSettings, "agent.toml", Path("/etc/fedtide"))
+
+
+def test_the_shortest_settings_have_defaults_for_the_rest() -> None:
+    settings = read(MINIMAL)
+    assert settings.data == Csv(path=Path("/etc/fedtide/examples.csv"))
+    assert settings.state == Path("/etc/fedtide/state")
+    assert settings.training == LocalTraining()
+    assert settings.broker.hosts == ("127.0.0.1:1883",)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ('"pump-7"', '"Pump 7"', "device id 'Pump 7' is not allowed"),
+        ('"pumps"', '"a/b"', "fleet id 'a/b' is not allowed"),
+        (str(COORDINATOR_KEY.public), "abc", "64 hexadecimal digits"),
+        (str(COORDINATOR_KEY.public), "ab", "32 bytes, not 1"),
+        ('"csv"', '"sql"', r"'sql' - at `\$\.data\.kind`"),
+        ('"csv", path', '"csv", paths', r"`\$\.data`"),
+        ('device = "pump-7"', "", "missing required field `device`"),
+    ],
+)
+def test_a_mistake_is_named(old: str, new: str, complaint: str) -> None:
+    assert old in MINIMAL
+    with pytest.raises(SettingsError, match=complaint):
+        read(MINIMAL.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("local_epochs = 0", r">= 1 - at `\$\.training\.local_epochs`"),
+        ("learning_rate = 0.0", r"> 0.* - at `\$\.training\.learning_rate`"),
+        ("epochs = 3", "unknown field `epochs`"),
+    ],
+)
+def test_a_mistake_in_the_training_table_is_named(line: str, complaint: str) -> None:
+    with pytest.raises(SettingsError, match=complaint):
+        read(f"{MINIMAL}\n[training]\n{line}")
+
+
+def test_a_device_departs_from_the_plan_only_where_its_settings_say_so() -> None:
+    plan = Training(local_epochs=2, batch_size=16, learning_rate=0.25, max_steps=100)
+    assert LocalTraining().applied_to(plan) == plan
+    assert LocalTraining(local_epochs=5, learning_rate=0.5).applied_to(plan) == Training(
+        local_epochs=5, batch_size=16, learning_rate=0.5, max_steps=100
+    )
+    assert LocalTraining(batch_size=8, max_steps=10).applied_to(plan) == Training(
+        local_epochs=2, batch_size=8, learning_rate=0.25, max_steps=10
+    )

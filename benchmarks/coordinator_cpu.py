@@ -240,7 +240,9 @@ def measure(size: int, codec: str, directory: Path, seconds: float) -> dict[str,
 
 def main() -> None:
     """Measure and print the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--directory", type=Path, default=Path(tempfile.gettempdir()), help="of the journal; on a real disk"
     )

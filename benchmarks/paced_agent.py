@@ -27,7 +27,9 @@ def main() -> None:
     """Run until SIGTERM."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", type=Path, help="agent.toml")
-    parser.add_argument("--seconds", type=float, required=True, help="what one local training takes, at least")
+    parser.add_argument(
+        "--seconds", type=float, required=True, help="what one local training takes, at least"
+    )
     parser.add_argument("--seed", type=int, required=True, help="of the order of examples")
     options = parser.parse_args()
     configure_logs(verbose=False, as_json=True)

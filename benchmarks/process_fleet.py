@@ -169,6 +169,7 @@ def start_python(arguments: Sequence[str], output: Path) -> subprocess.Popen[byt
     """Start a Python process with one thread for arithmetic; it writes to ``output``.out and ``output``.err."""
     paths = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package has its bytecode
     with (
         output.with_name(f"{output.name}.out").open("wb") as out,
         output.with_name(f"{output.name}.err").open("wb") as err,

@@ -216,7 +216,9 @@ class Options(argparse.Namespace):
 
 
 def _options() -> Options:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=int, default=3, help="asynchronous runs, each with its own seed")
     parser.add_argument("--sync-runs", type=int, default=1, help="synchronous runs; 0 leaves them out")
     parser.add_argument("--limit-s", type=float, default=60.0, help="cut an asynchronous run here")
@@ -259,7 +261,9 @@ def _report(
 ) -> None:
     seconds, floor = _median(run.seconds for run in runs), _median(floors)
     # A run that was cut counts with the time it was given: a lower bound, so the ratio is one too.
-    sync_s = statistics.median(run.seconds or options.sync_limit_s for run in sync_runs) if sync_runs else None
+    sync_s = (
+        statistics.median(run.seconds or options.sync_limit_s for run in sync_runs) if sync_runs else None
+    )
     cpu_ms = statistics.median(sum(run.cpu_ms_per_update.values()) for run in runs)
     targets = [
         Target("asynchronous / floor", _ratio(seconds, floor), 1.5),

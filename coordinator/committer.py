@@ -61,6 +61,7 @@ class Committer:
         accounting: of all updates.
         staleness: how many updates applied in this run had which staleness.
         sequence: number of the last committed entry.
+        committed: the model after that entry; what others may see of it. Its buffer is spent.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class Committer:
         self.staleness: Tally[int] = Tally()
         self.sequence = recovered.sequence
         self._snapshot_sequence = recovered.sequence - recovered.replayed
-        self._committed_version = writer.state.version
+        self.committed = writer.state
         self._waiting: list[Waiting] = []
         self._work = asyncio.Event()
         self._judged = asyncio.Event()
@@ -97,7 +98,7 @@ class Committer:
         self._work.set()
 
     async def room(self) -> None:
-        """Wait until less than a batch waits: what does not need our acknowledgement must not pile up here."""
+        """Wait until less than a batch waits: at QoS 0 nothing else keeps a flood from piling up here."""
         while len(self._waiting) >= self._settings.journal.max_batch:
             self._judged.clear()
             await self._judged.wait()
@@ -113,7 +114,7 @@ class Committer:
         self._work.set()
 
     async def run(self) -> None:
-        """Judge and commit. An exception means: this process is broken. Nothing uncommitted has left it."""
+        """Judge and commit. An exception means: we are broken; nothing uncommitted has left this process."""
         while not self._finishing:
             await self._work.wait()
             self._work.clear()
@@ -153,12 +154,12 @@ class Committer:
             log.debug("Not sent to %s: %s", device, error, extra={"event": "down.lost"})
 
     async def _commit(self, batch: Batch) -> None:
-        version = self._writer.state.version
+        state = self._writer.state
         await self._journal_thread.run(lambda: self._recovered.journal.commit(batch))
         self.sequence += len(batch.entries)
         self._note_buffer()
-        if version != self._committed_version:
-            self._committed_version = version
+        before, self.committed = self.committed, state
+        if state.version != before.version:
             self._on_version()
 
     async def _send_receipts(self, part: Sequence[Waiting], receipts: Sequence[Receipt | None]) -> None:

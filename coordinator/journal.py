@@ -47,7 +47,7 @@ CREATE TABLE IF NOT EXISTS totals (name TEXT PRIMARY KEY, count INTEGER NOT NULL
 CREATE TABLE IF NOT EXISTS published (
     version INTEGER PRIMARY KEY, fingerprint BLOB NOT NULL, moment REAL NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS evaluations (
-    version INTEGER PRIMARY KEY, loss REAL NOT NULL, metric REAL, moment REAL NOT NULL) STRICT;
+    version INTEGER PRIMARY KEY, loss REAL, metric REAL, moment REAL NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS snapshots (
     sequence INTEGER PRIMARY KEY, version INTEGER NOT NULL, sha256 BLOB NOT NULL) STRICT;
 """
@@ -68,10 +68,10 @@ class Published:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """A held-out result; ``moment`` in seconds since 1970."""
+    """A held-out result; None where it was not finite; ``moment`` in seconds since 1970."""
 
     version: ModelVersion
-    loss: float
+    loss: float | None
     metric: float | None
     moment: float
 

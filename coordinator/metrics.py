@@ -46,7 +46,8 @@ class StatusCollector(Collector):
                 yield GaugeMetricFamily(f"fedtide_{name}", text, value)
         if status.evaluations:
             newest = status.evaluations[-1]
-            yield GaugeMetricFamily("fedtide_evaluation_loss", "Held-out loss.", newest.loss)
+            if newest.loss is not None:
+                yield GaugeMetricFamily("fedtide_evaluation_loss", "Held-out loss.", newest.loss)
             if newest.metric is not None:
                 yield GaugeMetricFamily("fedtide_evaluation_metric", "Held-out metric.", newest.metric)
 

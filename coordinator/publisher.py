@@ -5,14 +5,16 @@ signed head. Chunks are content-addressed and retained; those of old models are 
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
+
+from msgspec.structs import replace
 
 from coordinator.settings import CoordinatorSettings
 from fedtide.wire.chunks import blob_ref, chunk_bytes, split
 from fedtide.wire.frame import PROTOCOL_VERSION
-from fedtide.wire.ids import BlobId, Epoch, ModelVersion, PlanId
+from fedtide.wire.ids import BlobId, Epoch, ModelVersion, PlanId, blob_id
 from fedtide.wire.link import Connection
 from fedtide.wire.messages import BlobRef, CodecRequest, CoordinatorState, Head
 from fedtide.wire.parameters import Vector, fingerprint, to_bytes
@@ -55,6 +57,8 @@ class Publisher:
         identity: who publishes.
         remember: makes a version's file and fingerprint durable; awaited before the version is offered.
         clock: seconds since 1970.
+        earlier: fingerprints of the versions that earlier runs published, oldest first; their chunks may
+            still be retained and are cleared in their turn.
     """
 
     def __init__(
@@ -63,12 +67,14 @@ class Publisher:
         identity: Identity,
         remember: Callable[[Version], Awaitable[None]],
         clock: Callable[[], float],
+        earlier: Sequence[bytes] = (),
     ) -> None:
         self._settings = settings
         self._identity = identity
         self._remember = remember
         self._clock = clock
-        self._parent = bytes(32)
+        self._parent = earlier[-1] if earlier else bytes(32)
+        self._earlier = list(earlier[-_KEPT_MODELS:])
         self._models: list[BlobRef] = []
         self._offered: set[BlobId] = set()
         self._offering = asyncio.Lock()  # one at a time, or an older head could be the last to arrive
@@ -125,6 +131,9 @@ class Publisher:
         content = to_bytes(version.parameters)
         plan = blob_ref(self._identity.plan_blob, size_bytes)
         model = blob_ref(content, size_bytes)
+        # The blob of a model is its parameters' bytes, so its id follows from the fingerprint.
+        self._models += [replace(model, id=blob_id(old), sha256=old) for old in self._earlier]
+        self._earlier.clear()
         await self._put(connection, plan, self._identity.plan_blob)
         await self._put(connection, model, content)
         head = self._head(version, plan, model)

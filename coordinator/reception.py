@@ -102,19 +102,24 @@ class Reception:
         )
 
     async def _serve(self, connection: Connection, *, everything: bool) -> None:
-        """Announce, then receive. ``everything``: the broker forgot our session, so the rest too."""
-        fleet = self._settings.fleet
+        """Announce and receive. ``everything``: the broker forgot our session, so the rest too."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._receive(connection), name="coordinator.receive")
-            await connection.subscribe([topics.UPDATE.filter(fleet, shard=0), topics.PRESENCE.filter(fleet)])
-            await connection.subscribe([topics.EVENT.filter(fleet)], qos=topics.EVENT.qos)
-            await self._publisher.announce(connection, online=True)
-            await self._publisher.renew(connection, everything=everything)
-            self.connection = connection
-            log.info("Connected with MQTT %s", connection.mqtt_version, extra={"event": "link.up"})
-            self._on_connected()
-            if everything:
-                await self._resync(connection)
+            group.create_task(self._announce(connection, everything=everything), name="coordinator.announce")
+            # What ends only with the connection is the group's body, not its child: when a child fails after
+            # the body has ended, the task counts as cancelled for ever (CPython 3.11 and 3.12).
+            await self._receive(connection)
+
+    async def _announce(self, connection: Connection, *, everything: bool) -> None:
+        fleet = self._settings.fleet
+        await connection.subscribe([topics.UPDATE.filter(fleet, shard=0), topics.PRESENCE.filter(fleet)])
+        await connection.subscribe([topics.EVENT.filter(fleet)], qos=topics.EVENT.qos)
+        await self._publisher.announce(connection, online=True)
+        await self._publisher.renew(connection, everything=everything)
+        self.connection = connection
+        log.info("Connected with MQTT %s", connection.mqtt_version, extra={"event": "link.up"})
+        self._on_connected()
+        if everything:
+            await self._resync(connection)
 
     async def _resync(self, connection: Connection) -> None:
         for device, presence in list(self.view.presence.items()):

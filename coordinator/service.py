@@ -10,10 +10,13 @@ tick       time limits, missing chunks, status, stop conditions
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Protocol
+
+import numpy as np
 
 from coordinator import status as status_file
 from coordinator.committer import Committer, JournalThread
@@ -66,6 +69,9 @@ class CoordinatorService:
         recovered: the opened state.
         dial: makes MQTT connections.
         evaluate: the held-out evaluation, if there is one.
+
+    Attributes:
+        newest_status: as last written; for other threads, which must not look into a running service.
     """
 
     def __init__(
@@ -112,7 +118,9 @@ class CoordinatorService:
             on_version=self._on_version,
         )
         identity = Identity(self._epoch, self._plan.id, seal_plan(self._plan, key), key)
-        self._publisher = Publisher(settings, identity, self._remember, time.time)
+        self._publisher = Publisher(
+            settings, identity, self._remember, time.time, [*self._writer.published.values()]
+        )
         self._reception = Reception(
             settings,
             intake=Intake(self._plan.manifest.schema, self._roster.key, settings.update.max_partial_bytes),
@@ -123,6 +131,7 @@ class CoordinatorService:
             dial=dial,
             on_connected=self._new_version.set,
         )
+        self.newest_status = self.status("starting")
 
     async def run(self) -> str | None:
         """Run until a stop condition holds, and return it. Cancelling shuts down cleanly.
@@ -171,8 +180,12 @@ class CoordinatorService:
             await self._publish_newest(pace.every_versions)
 
     async def _publish_newest(self, every_versions: int) -> None:
-        connection, state = self._reception.connection, self._writer.state
+        connection, state = self._reception.connection, self.committer.committed
         newest = self._publisher.version
+        if not np.isfinite(state.parameters).all():
+            log.error("Version %d is not finite and is not published", state.version,
+                      extra={"event": "version.not_finite"})  # fmt: skip
+            return
         if connection is None or (newest and state.version - newest.number < every_versions):
             return
         self._published_at = time.monotonic()
@@ -204,7 +217,7 @@ class CoordinatorService:
             await self._evaluate_newest()
 
     async def _evaluate_newest(self) -> None:
-        settings, state = self._settings.evaluation, self._writer.state
+        settings, state = self._settings.evaluation, self.committer.committed
         if settings is None or self._evaluate is None or state.version == self._evaluated:
             return
         first = self._evaluated < 0
@@ -212,7 +225,8 @@ class CoordinatorService:
             return
         evaluate = self._evaluate
         outcome = await asyncio.to_thread(lambda: evaluate(state.parameters))
-        result = EvaluationResult(state.version, outcome.loss, outcome.metric, time.time())
+        loss, metric = _finite(outcome.loss), _finite(outcome.metric)
+        result = EvaluationResult(state.version, loss, metric, time.time())
         await self._journal_thread.run(lambda: self._recovered.journal.add_evaluation(result))
         self._evaluated = state.version
         self._evaluations.append(
@@ -220,16 +234,12 @@ class CoordinatorService:
                 version=state.version,
                 seconds=time.monotonic() - self._began,
                 updates=self.committer.accounting.applied,
-                loss=outcome.loss,
-                metric=outcome.metric,
+                loss=loss,
+                metric=metric,
             )
         )
         del self._evaluations[:-_KEPT_EVALUATIONS]
-        if (
-            settings.release_at is not None
-            and outcome.metric is not None
-            and outcome.metric >= settings.release_at
-        ):
+        if settings.release_at is not None and metric is not None and metric >= settings.release_at:
             self._publisher.released = state.version
 
     async def _tick(self) -> None:
@@ -255,7 +265,7 @@ class CoordinatorService:
         stop = self._settings.stop
         metric = self._evaluations[-1].metric if self._evaluations else None
         conditions = (
-            ("versions", stop.versions, self._writer.state.version),
+            ("versions", stop.versions, self.committer.committed.version),
             ("updates", stop.updates, self.committer.accounting.applied),
             ("metric", stop.metric, metric),
             ("seconds", stop.seconds, time.monotonic() - self._began),
@@ -274,7 +284,8 @@ class CoordinatorService:
         await self._evaluate_newest()
         if self._reception.connection is not None:
             with contextlib.suppress(LinkDown, PublishRefused):
-                version = Version.of(self._writer.state.version, self._writer.state.parameters)
+                last = self.committer.committed
+                version = Version.of(last.version, last.parameters)
                 await self._publisher.publish(self._reception.connection, version)
         await self._leave(committing)
         log.info("Stopped: %s", self._stop_reason, extra={"event": "coordinator.stopped"})
@@ -290,7 +301,8 @@ class CoordinatorService:
             await connection.close()
 
     def _write_status(self, state: str) -> None:
-        status_file.write(self._status_path, self.status(state))
+        self.newest_status = self.status(state)
+        status_file.write(self._status_path, self.newest_status)
 
     def status(self, state: str) -> Status:
         """The coordinator at this moment."""
@@ -325,3 +337,8 @@ class CoordinatorService:
             cpu_seconds=time.process_time(),
             rss_bytes=peak_rss_bytes(),
         )
+
+
+def _finite(value: float | None) -> float | None:
+    """A diverged model evaluates to NaN, which neither JSON nor SQLite can hold."""
+    return value if value is not None and math.isfinite(value) else None

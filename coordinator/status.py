@@ -44,12 +44,12 @@ class Updates(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EvaluationPoint(msgspec.Struct, frozen=True, kw_only=True):
-    """A held-out result; ``seconds`` since this run of the coordinator began."""
+    """A held-out result; ``seconds`` since this run of the coordinator began. None: not finite."""
 
     version: ModelVersion
     seconds: float
     updates: int
-    loss: float
+    loss: float | None
     metric: float | None
 
 

@@ -37,6 +37,7 @@ from fedtide.wire.signatures import PublicKey, SigningKey
 log = logging.getLogger(__name__)
 
 _LONGEST_RECEIPT_WAIT_S: Final = 120.0
+_REPORT_EVERY_S: Final = 5.0  # every update carries its loss anyway; a fast device need not say it twice
 _AFTER_FETCH_TROUBLE_S: Final = 1.0
 _AFTER_TRAINING_TROUBLE_S: Final = 30.0
 
@@ -108,6 +109,7 @@ class Agent:
             self._mailbox.never_below(self._model.head)
         self._trained_version: int | None = None
         self._rest_until = 0.0
+        self._report_after = 0.0
         self.tally = Tally()
 
     async def run(self) -> None:
@@ -189,10 +191,11 @@ class Agent:
         await self._report(model.head, result, time.monotonic() - began)
 
     async def _report(self, head: Head, result: LocalResult, seconds: float) -> None:
-        """Tell what the training saw, at most once: metrics may be lost."""
-        connection = self._mailbox.connection
-        if connection is None or not math.isfinite(result.loss):
+        """Tell what the training saw, now and then, at most once: metrics may be lost."""
+        connection, now = self._mailbox.connection, time.monotonic()
+        if connection is None or not math.isfinite(result.loss) or now < self._report_after:
             return
+        self._report_after = now + _REPORT_EVERY_S
         event = TrainingEvent(
             version=head.version,
             num_examples=result.num_examples,

@@ -89,6 +89,7 @@ class Mailbox:
         self._heads = 0
         self._unread_heads: deque[bytes] = deque(maxlen=_UNREAD_HEADS)
         self._floor: tuple[Epoch, ModelVersion] = (Epoch(0), ModelVersion(0))
+        self._held: ModelVersion | None = None
         self._coordinator_state: CoordinatorState | None = None
         self._receipt: Receipt | None = None
         self._missing: MissingChunks | None = None
@@ -97,7 +98,7 @@ class Mailbox:
 
     def never_below(self, head: Head) -> None:
         """From here on older heads are ignored: this model has been run."""
-        self._floor = head.order
+        self._floor, self._held = head.order, head.version
 
     async def run(self) -> None:
         """Connect, listen, connect again, until cancelled."""
@@ -107,10 +108,11 @@ class Mailbox:
                 await self._listen(connection)
             except* (LinkDown, PublishRefused) as lost:
                 log.warning("Broker: %s", lost.exceptions[0], extra={"event": "link.down"})
+                self.connection = None
             finally:
-                if self.connection is connection:
-                    self.connection = None
-                connection.abort()
+                # One that is cancelled while online stays online, for the goodbye.
+                if self.connection is not connection:
+                    connection.abort()
             self._news.set()
             await self._reconnector.pause()
 
@@ -206,27 +208,29 @@ class Mailbox:
                 public_key=self._public.raw,
                 agent_version=__version__,
                 codecs=tuple(CODECS),
-                model_version=self._floor[1] or None,
+                model_version=self._held,
                 sent=time.time(),
             )
         topic = topics.PRESENCE.name(self._settings.fleet, device=self._settings.device)
         return topic, frame.to_frame(presence)
 
     async def _listen(self, connection: Connection) -> None:
-        fleet = self._settings.fleet
-        qos = 1 if connection.mqtt_version == "5" else 0
-        heads = self._heads
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._file_deliveries(connection), name=f"{self._settings.device}.deliveries")
-            await connection.publish(*self._presence_message(online=True), retain=True)
-            down = topics.DOWN.name(fleet, device=self._settings.device)
-            await connection.subscribe(
-                [topics.COORDINATOR.name(fleet), topics.HEAD.name(fleet), down], qos=qos
-            )
-            log.info("Connected with MQTT %s", connection.mqtt_version, extra={"event": "link.up"})
-            self.connection = connection
-            self._news.set()
-            await self._ask_again(connection, qos, heads)
+            group.create_task(self._announce(connection), name=f"{self._settings.device}.announce")
+            # What ends only with the connection is the group's body, not its child: when a child fails after
+            # the body has ended, the task counts as cancelled for ever (CPython 3.11 and 3.12).
+            await self._file_deliveries(connection)
+
+    async def _announce(self, connection: Connection) -> None:
+        fleet, heads = self._settings.fleet, self._heads
+        qos = 1 if connection.mqtt_version == "5" else 0
+        await connection.publish(*self._presence_message(online=True), retain=True)
+        down = topics.DOWN.name(fleet, device=self._settings.device)
+        await connection.subscribe([topics.COORDINATOR.name(fleet), topics.HEAD.name(fleet), down], qos=qos)
+        log.info("Connected with MQTT %s", connection.mqtt_version, extra={"event": "link.up"})
+        self.connection = connection
+        self._news.set()
+        await self._ask_again(connection, qos, heads)
 
     async def _ask_again(self, connection: Connection, qos: int, heads: int) -> None:
         """Subscribe anew, ever more rarely, until a head has come on this connection.
@@ -252,7 +256,7 @@ class Mailbox:
 
     def _file(self, delivery: Delivery) -> None:
         topic, fleet = delivery.topic, self._settings.fleet
-        if fields := topics.BLOB_CHUNK.parse(topic):
+        if (fields := topics.BLOB_CHUNK.parse(topic)) and fields["index"].isdecimal():
             self._fetcher.take(fields["blob"], int(fields["index"]), delivery.payload)
         elif topic == topics.DOWN.name(fleet, device=self._settings.device):
             self._file_down(unseal_any(delivery.payload, DownMessage, self._coordinator, DOWN_DOMAIN))
@@ -268,7 +272,7 @@ class Mailbox:
         """Unsealed when it is asked for: while a device trains, heads may pass it by."""
         unread = list(self._unread_heads)
         self._unread_heads.clear()
-        for sealed in reversed(unread):
+        for sealed in unread:  # all of them: the last to come is not always the newest
             try:
                 head = unseal(sealed, Head, self._coordinator, HEAD_DOMAIN)
             except WireError as error:
@@ -276,7 +280,6 @@ class Mailbox:
                 continue
             if self._accepts(head):
                 self._head = SealedHead(head, sealed)
-                break
         return self._head
 
     def _accepts(self, head: Head) -> bool:
@@ -287,6 +290,9 @@ class Mailbox:
                 head.version, head.epoch, extra={"event": "head.older"},
             )  # fmt: skip
             return False
+        if time.time() > head.expires:
+            log.warning("The head of version %d has expired: is the coordinator away?", head.version,
+                        extra={"event": "head.expired"})  # fmt: skip
         return True
 
     def _file_down(self, message: frame.Message) -> None:

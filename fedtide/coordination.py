@@ -47,7 +47,7 @@ async def serve(directory: FleetDirectory, settings: CoordinatorSettings) -> str
     """
     service, recovered = open_coordinator(directory, settings, Traffic())
     stop_metrics = (
-        serve_metrics(settings.metrics, lambda: service.status("running")) if settings.metrics else None
+        serve_metrics(settings.metrics, lambda: service.newest_status) if settings.metrics else None
     )
     try:
         return await service.run()

@@ -32,7 +32,7 @@ def headline(status: Status, now: float) -> Text:
     )
     if status.evaluations:
         newest = status.evaluations[-1]
-        text.append(f"  loss {newest.loss:.4f}")
+        text.append("  loss not finite" if newest.loss is None else f"  loss {newest.loss:.4f}")
         if newest.metric is not None:
             text.append(f"  {status.metric or 'metric'} {newest.metric:.4f} ", "bold")
             text.append(sparkline(status.evaluations), "cyan")
@@ -78,6 +78,8 @@ def device_table(status: Status) -> Table:
 def sparkline(points: tuple[EvaluationPoint, ...], width: int = 40) -> str:
     """The metric over versions as a line of bars, lowest to highest seen."""
     values = [point.metric for point in points if point.metric is not None]
+    if not values:
+        return ""
     step = max(1, -(-len(values) // width))
     sampled = values[::-1][::step][::-1]
     low, high = min(sampled), max(sampled)

@@ -45,6 +45,8 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalBroker]:
         for kind in get_args(BrokerKind)
     ],
 )
-def brokers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalBroker]:
+def brokers(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LocalBroker]:
     """Each broker that can be installed, one after the other."""
     yield from _started(request.param, tmp_path_factory.mktemp(request.param))

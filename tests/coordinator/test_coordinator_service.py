@@ -2,6 +2,7 @@
 
 import asyncio
 import sqlite3
+import threading
 from dataclasses import dataclass
 
 import msgspec
@@ -179,12 +180,36 @@ def test_when_the_disk_is_full_the_coordinator_ends_and_acknowledges_nothing(tmp
     again.close()
 
 
+def test_a_version_is_not_put_on_record_before_its_updates_are_committed(tmp_path):
+    """The time to publish comes while a batch waits for a disk on which it will find no room."""
+
+    async def scenario(fleet, running):
+        fleet.send(update(1))
+        await fleet.connection.until(lambda: fleet.received(ONE))
+        database, disk = fleet.recovered.journal._database, threading.Event()
+        (pages,) = database.execute("PRAGMA page_count").fetchone()
+        database.execute(f"PRAGMA max_page_count = {pages}")
+        waiting = asyncio.create_task(fleet.service._journal_thread.run(disk.wait))
+        fleet.send(*(update(counter, metrics={"m" * 7000: 0.0}) for counter in range(2, 20)))
+        await asyncio.wait([running], timeout=0.5)  # longer than the pause between two publications
+        disk.set()
+        with pytest.raises(sqlite3.OperationalError, match="full"):
+            await running
+        await waiting
+
+    settings = msgspec.structs.replace(make(), publish=Publish(min_interval_s=0.2))
+    fleet = run(tmp_path, settings, scenario)
+    assert max(head.version for head in fleet.heads()) <= 1
+    again = recover(tmp_path / "state", settings, PLAN)
+    assert again.state.version == 1
+    assert max(row.version for row in again.journal.published()) <= 1
+    again.close()
+
+
 def test_many_updates_that_arrive_together_are_all_judged(tmp_path):
     async def scenario(fleet, _running):
         fleet.send(*(update(counter, device) for counter in (1, 2, 3) for device in DEVICES))
-        await fleet.connection.until(
-            lambda: all(len(fleet.received(device)) == 3 for device in DEVICES)
-        )
+        await fleet.connection.until(lambda: all(len(fleet.received(device)) == 3 for device in DEVICES))
         assert fleet.service.status("running").updates.applied == 12
 
     fleet = run(tmp_path, make(goal=5), scenario)
@@ -418,7 +443,7 @@ def test_updates_at_most_once_are_bounded_too(tmp_path):
 
     async def scenario(fleet, _running):
         (chunk,) = update_chunks(make_update(plan="0" * 32), 1, MAX_CHUNK_BYTES)
-        for _ in range(5000):
+        for _ in range(1500):
             fleet.connection.deliver(f"fl/1/pumps/up/0/{ONE}", chunk, qos=0)
         most = 0
         while fleet.connection._inbox.qsize() or fleet.service.committer.accounting.waiting:

@@ -1,7 +1,7 @@
 """What surrounds an agent in these tests: a model of three parameters, a broker in memory, a coordinator.
 
-``MemoryBroker`` and ``MemoryConnection`` keep the link's contract (``fedtide.wire.link.Connection``) as far as
-an agent uses it; ``test_agent_on_a_broker`` runs the same coordinator over real brokers.
+``MemoryBroker`` and ``MemoryConnection`` keep the link's contract (``fedtide.wire.link.Connection``) as far
+as an agent uses it; ``test_agent_on_a_broker`` runs the same coordinator over real brokers.
 """
 
 import asyncio
@@ -64,7 +64,7 @@ def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
 
 async def until(condition: Callable[[], bool]) -> None:
     """Wait until a condition holds that other tasks bring about."""
-    while not condition():
+    while not condition():  # noqa: ASYNC110 - what is waited for is code that has no event
         await asyncio.sleep(0.001)
 
 
@@ -379,7 +379,9 @@ class AddOne:
         return LocalResult(parameters + np.float32(1), len(dataset), 1, loss=0.5, metric=0.75)
 
 
-def agent_settings(state: Path, *, receipt_timeout_s: float = 1000.0, training: LocalTraining | None = None):
+def agent_settings(
+    state: Path, *, receipt_timeout_s: float = 1000.0, training: LocalTraining | None = None
+) -> AgentSettings:
     return AgentSettings(
         fleet=FLEET,
         device=DEVICE,

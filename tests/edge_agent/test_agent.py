@@ -1,37 +1,47 @@
 """The agent and a scripted coordinator over a broker in memory: nothing is lost, forged or sent twice."""
 
 import asyncio
-import logging
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Final
 
 import msgspec
 import numpy as np
 import pytest
 from agent_world import (
+    COORDINATOR_KEY,
+    DEVICE,
     DEVICE_KEY,
+    EXAMPLES,
+    FLEET,
     STRANGERS_KEY,
+    Published,
     Release,
-    ScriptedCoordinator,
     World,
+    agent_settings,
     receipt_for,
     run,
-    tiny_plan,
     until,
+    workbench,
 )
 
 from edge_agent import agent as agent_module
 from edge_agent import fetch
 from edge_agent.agent import Agent, Tally
 from edge_agent.data_sources import DataError
-from edge_agent.outbox import Outbox
+from edge_agent.dataset import Dataset
+from edge_agent.local_update import TrainingDiverged
 from edge_agent.plan_guard import PlanRefused
+from edge_agent.plan_runtime import LocalResult
+from edge_agent.plan_session import StepFailed
 from edge_agent.settings import LocalTraining
 from fedtide.wire import frame, topics
+from fedtide.wire.link import PublishRefused
 from fedtide.wire.messages import Reason, TrainingEvent, Verdict
+from fedtide.wire.plan import PlanManifest
+from fedtide.wire.seal import seal
 from fedtide.wire.signatures import HEAD_DOMAIN
-
-PRODUCER: Final = "a fleet's device"
 
 
 @pytest.fixture
@@ -266,7 +276,7 @@ def test_a_plan_is_fetched_once(world: World) -> None:
         for topic, piece in second.blob_messages().items():
             if second.head.full_blob.id in topic:
                 world.broker.retained[topic] = piece
-        await world.coordinator._publish(topics.HEAD.name(second.fleet), second.sealed_head, True)
+        world.broker.take(Published(topics.HEAD.name(FLEET), second.sealed_head, 1, retain=True))
         assert (await world.coordinator.updates.get()).envelope.header.base_version == 2
         await world.stop()
 
@@ -294,24 +304,287 @@ def test_an_older_model_is_never_run_not_even_after_a_restart(world: World, olde
     run(main)
 
 
-def test_a_model_that_is_not_its_heads_is_not_installed_and_a_good_one_is(world: World) -> None:
+def events(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The stable names of what was logged."""
+    return [getattr(record, "event", "") for record in caplog.records]
+
+
+def test_a_model_that_is_not_its_heads_is_not_installed_and_a_good_one_is(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
     async def main() -> None:
         release, other = Release(1), Release(2)
-        wrong = {
-            topic: piece
-            for topic, piece in release.blob_messages().items()
-            if release.head.full_blob.id not in topic
-        }
-        head = msgspec.structs.replace(release.head, full_blob=other.head.full_blob)
-        world.broker.retained |= wrong | other.blob_messages()
-        lying = ScriptedCoordinator(world.coordinator._publish)
-        await lying._publish(topics.HEAD.name(release.fleet), sealed(head), True)
+        lying = msgspec.structs.replace(release.head, full_blob=other.head.full_blob)
+        world.broker.retained |= release.blob_messages() | other.blob_messages()
+        world.broker.retained[topics.HEAD.name(FLEET)] = seal(lying, COORDINATOR_KEY, HEAD_DOMAIN)
         agent = world.agent()
         world.start(agent)
-        await until(lambda: len(subscriptions(world)) > 0)
+        await until(lambda: "fetch.failed" in events(caplog))
+        assert "fingerprint of version 1" in caplog.text
         await world.coordinator.publish(other)
         assert (await world.coordinator.updates.get()).envelope.header.base_version == 2
         assert agent.tally.trained == 1
         await world.stop()
+
+    run(main)
+
+
+def test_a_blob_that_was_cleared_is_given_up_for_the_next_version(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        await world.coordinator.publish(Release(1))
+        for topic in Release(1).blob_messages():
+            del world.broker.retained[topic]
+        world.start(world.agent())
+        await until(lambda: "fetch.failed" in events(caplog))
+        await world.coordinator.publish(Release(2))
+        assert (await world.coordinator.updates.get()).envelope.header.base_version == 2
+        await world.stop()
+
+    run(main)
+
+
+def test_a_fetch_goes_on_over_a_new_connection(world: World) -> None:
+    async def main() -> None:
+        await world.coordinator.publish(Release(1))
+        missing = [topic for topic in Release(1).blob_messages() if Release(1).head.full_blob.id in topic]
+        kept = {topic: world.broker.retained.pop(topic) for topic in missing[1:]}
+        world.start(world.agent())
+        await until(lambda: any(missing[0] in each.filters for each in world.broker.connections))
+        world.broker.newest.abort()
+        world.broker.retained |= kept
+        assert (await world.coordinator.updates.get()).envelope.header.base_version == 1
+        await world.stop()
+
+    run(main)
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        DataError("no such file"),
+        PlanRefused("an operator that plans do not have"),
+        TrainingDiverged("not finite"),
+        StepFailed("a label out of range"),
+        ValueError("another shape"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_trouble_with_training_is_reported_and_training_goes_on_once_it_is_over(
+    world: World, caplog: pytest.LogCaptureFixture, trouble: Exception
+) -> None:
+    failures = [trouble] * 3
+
+    def examples(_manifest: PlanManifest) -> Dataset:
+        if failures:
+            raise failures.pop()
+        return EXAMPLES
+
+    async def main() -> None:
+        await world.coordinator.publish(Release(1))
+        bench = replace(workbench(world.broker.dial, world.trainer), examples=examples)
+        world.start(Agent(agent_settings(world.state), DEVICE_KEY, bench))
+        assert (await world.coordinator.updates.get()).envelope.header.base_version == 1
+        assert events(caplog).count("training.failed") == 3
+        assert str(trouble) in caplog.text
+        await world.stop()
+
+    run(main)
+
+
+def test_an_update_that_the_broker_refuses_is_kept_and_tried_again(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    take, refusals = world.broker.on_publish, [1, 2]
+
+    def refuse(published: Published) -> None:
+        if topics.UPDATE.parse(published.topic) and refusals:
+            refusals.pop()
+            raise PublishRefused("not authorized")
+        take(published)
+
+    async def main() -> None:
+        world.broker.on_publish = refuse
+        await world.coordinator.publish(Release(1))
+        agent = world.agent()
+        world.start(agent)
+        await world.coordinator.answer(await world.coordinator.updates.get())
+        await until(lambda: agent.tally.applied == 1)
+        assert agent.tally.trained == 1
+        assert caplog.text.count("not authorized") == 2
+        await world.stop()
+
+    run(main)
+
+
+def test_training_goes_on_while_the_network_is_away(world: World) -> None:
+    async def main() -> None:
+        training, finish = asyncio.Event(), asyncio.Event()
+
+        async def slowly(work: Callable[[], LocalResult]) -> LocalResult:
+            training.set()
+            await finish.wait()
+            return work()
+
+        await world.coordinator.publish(Release(1))
+        bench = replace(workbench(world.broker.dial, world.trainer), compute=slowly)
+        agent = Agent(agent_settings(world.state), DEVICE_KEY, bench)
+        world.start(agent)
+        await training.wait()
+        world.broker.reachable = False
+        world.broker.newest.abort()
+        await until(lambda: agent._mailbox.connection is None)
+        finish.set()
+        await until(lambda: len(world.outbox_files()) == 1)
+        assert agent.tally == Tally(trained=1)
+        world.broker.reachable = True
+        await world.coordinator.answer(await world.coordinator.updates.get())
+        await until(lambda: agent.tally.applied == 1)
+        await world.stop()
+
+    run(main)
+
+
+def test_an_update_that_could_not_be_sent_for_long_gives_way_to_a_newer_one(world: World) -> None:
+    async def main() -> None:
+        training, finish = asyncio.Event(), asyncio.Event()
+
+        async def slowly(work: Callable[[], LocalResult]) -> LocalResult:
+            training.set()
+            await finish.wait()
+            return work()
+
+        await world.coordinator.publish(Release(1))
+        settings = agent_settings(world.state, training=LocalTraining(retrain_after_s=0.005))
+        agent = Agent(
+            settings, DEVICE_KEY, replace(workbench(world.broker.dial, world.trainer), compute=slowly)
+        )
+        world.start(agent)
+        await training.wait()
+        await world.coordinator.announce(online=False)
+        await world.broker.newest.drained()
+        finish.set()
+        await until(lambda: agent.tally.trained >= 3)
+        assert len(world.outbox_files()) == 1
+        assert agent.tally.sent == 0
+        await world.coordinator.announce(online=True)
+        update = await world.coordinator.updates.get()
+        assert world.outbox_files() == {f"{update.counter}.update"}
+        await world.stop()
+
+    run(main)
+
+
+async def settled(world: World, agent: Agent) -> None:
+    """The agent's update is answered, and whatever came is filed."""
+    before = agent.tally.applied
+    await world.coordinator.answer(await world.coordinator.updates.get())
+    await until(lambda: agent.tally.applied == before + 1)
+    await world.broker.newest.drained()
+
+
+def test_a_version_is_trained_on_once(world: World) -> None:
+    async def main() -> None:
+        await world.coordinator.publish(Release(1))
+        agent = world.agent()
+        world.start(agent)
+        await settled(world, agent)
+        await world.coordinator.publish(Release(1))
+        await world.coordinator.publish(Release(2, training=False))
+        await world.broker.newest.drained()
+        await world.coordinator.publish(Release(3))
+        assert (await world.coordinator.updates.get()).envelope.header.base_version == 3
+        assert agent.tally.trained == 2
+        await world.stop()
+
+    run(main)
+
+
+def test_a_device_that_may_trains_on_the_same_version_again(world: World) -> None:
+    async def main() -> None:
+        await world.coordinator.publish(Release(1))
+        agent = world.agent(training=LocalTraining(same_version_again=True))
+        world.start(agent)
+        for _ in range(3):
+            await settled(world, agent)
+        assert agent.tally.trained >= 3
+        await world.stop()
+
+    run(main)
+
+
+def test_updates_go_to_the_devices_shard(world: World) -> None:
+    async def main() -> None:
+        await world.coordinator.announce(shards=5)
+        await world.coordinator.publish(Release(1))
+        world.start(world.agent())
+        await world.coordinator.updates.get()
+        shard = zlib.crc32(b"pump-7") % 5
+        sent = {each.topic for each in world.broker.published if topics.UPDATE.parse(each.topic)}
+        assert sent == {f"fl/1/pumps/up/{shard}/pump-7"}
+        await world.stop()
+
+    run(main)
+
+
+def training_events(world: World) -> list[TrainingEvent]:
+    topic = topics.EVENT.name(FLEET, device=DEVICE)
+    published = [each for each in world.broker.published if each.topic == topic]
+    assert all((each.qos, each.retain) == (0, False) for each in published)
+    return [frame.from_frame(each.payload, TrainingEvent) for each in published]
+
+
+def test_what_training_saw_is_told_once(world: World) -> None:
+    async def main() -> None:
+        await world.coordinator.publish(Release(4))
+        world.start(world.agent())
+        await world.coordinator.updates.get()
+        (event,) = training_events(world)
+        assert (event.version, event.num_examples, event.steps) == (4, 5, 1)
+        assert (event.loss, event.metric) == (0.5, 0.75)
+        assert event.seconds >= 0.0
+        await world.stop()
+
+    run(main)
+
+
+def test_an_agent_that_ends_says_goodbye(world: World) -> None:
+    async def main() -> None:
+        await world.coordinator.publish(Release(1))
+        world.start(world.agent())
+        await world.coordinator.updates.get()
+        await world.stop()
+        assert [presence.online for presence in world.presences()] == [True, False]
+        assert world.broker.newest.ended == "closed"
+
+    run(main)
+
+
+def test_an_agent_that_is_cut_says_nothing(world: World) -> None:
+    async def main() -> None:
+        await world.coordinator.publish(Release(1))
+        agent = world.agent()
+        world.start(agent)
+        await world.coordinator.updates.get()
+        agent.cut()
+        await world.stop()
+        assert [presence.online for presence in world.presences()] == [True]
+        assert world.broker.newest.ended == "aborted"
+
+    run(main)
+
+
+def test_a_failure_of_our_own_ends_the_agent_instead_of_being_hidden(world: World) -> None:
+    class Broken:
+        def run_epochs(self, *_: object) -> LocalResult:
+            raise ZeroDivisionError("a mistake of our own")
+
+    async def main() -> None:
+        await world.coordinator.publish(Release(1))
+        agent = Agent(agent_settings(world.state), DEVICE_KEY, workbench(world.broker.dial, Broken()))
+        with pytest.raises(ExceptionGroup) as failed:
+            await agent.run()
+        assert failed.group_contains(ZeroDivisionError)
 
     run(main)

@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -26,6 +28,6 @@ def test_a_slice_of_rows_is_a_view() -> None:
 
 
 @pytest.mark.parametrize("arrays", [((), None), ((), Y), ((X,), Y[:2]), ((X, X[:1]), None)])
-def test_arrays_of_different_lengths_or_none_at_all_are_refused(arrays: tuple) -> None:
+def test_arrays_of_different_lengths_or_none_at_all_are_refused(arrays: tuple[Any, Any]) -> None:
     with pytest.raises(ValueError, match="arrays of one length"):
         Dataset(*arrays)

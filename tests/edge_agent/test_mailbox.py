@@ -30,7 +30,7 @@ from fedtide import __version__
 from fedtide.wire import frame, topics
 from fedtide.wire.codecs import CODECS
 from fedtide.wire.ids import Counter, FleetId, ModelVersion
-from fedtide.wire.messages import Head, MissingChunks, Presence, Reason, Receipt, Verdict
+from fedtide.wire.messages import Head, MissingChunks, Presence, Receipt, Verdict
 from fedtide.wire.seal import seal
 from fedtide.wire.signatures import COORDINATOR_DOMAIN, DOWN_DOMAIN, HEAD_DOMAIN
 
@@ -66,7 +66,9 @@ def new_mailbox(world: World, fetcher: Fetcher | None = None) -> Mailbox:
 
 
 @asynccontextmanager
-async def running(world: World, mailbox: Mailbox | None = None) -> AsyncIterator[tuple[Mailbox, MemoryConnection]]:
+async def running(
+    world: World, mailbox: Mailbox | None = None
+) -> AsyncIterator[tuple[Mailbox, MemoryConnection]]:
     """A mailbox that is online, with its connection."""
     mailbox = mailbox or new_mailbox(world)
     task = asyncio.create_task(mailbox.run())
@@ -194,8 +196,7 @@ async def head_after(world: World, *sealed: bytes, floor: Head | None = None, re
             connection.deliver(HEAD_TOPIC, content)
             await connection.drained()
             if read_each and content is not sealed[-1]:
-                asyncio.get_running_loop().call_soon(lambda: None)
-                await asyncio.wait_for(mailbox.head(any_head), 1.0)
+                await mailbox.head(any_head)
         return (await mailbox.head(any_head)).head
 
 
@@ -214,7 +215,12 @@ each_way = pytest.mark.parametrize("read_each", [True, False], ids=["read at onc
     ],
 )
 def test_the_newest_head_is_believed_by_epoch_and_then_by_version(
-    world: World, first: tuple[int, int], second: tuple[int, int], believed: tuple[int, int], read_each: bool
+    world: World,
+    first: tuple[int, int],
+    second: tuple[int, int],
+    believed: tuple[int, int],
+    *,
+    read_each: bool,
 ) -> None:
     async def main() -> None:
         sealed = [Release(version, epoch).sealed_head for epoch, version in (first, second)]
@@ -243,7 +249,9 @@ def test_the_newest_head_is_believed_by_epoch_and_then_by_version(
         "nonsense", "too large",
     ],
 )  # fmt: skip
-def test_a_head_that_is_not_our_coordinators_is_ignored(world: World, ignored: bytes, read_each: bool) -> None:
+def test_a_head_that_is_not_our_coordinators_is_ignored(
+    world: World, ignored: bytes, *, read_each: bool
+) -> None:
     async def main() -> None:
         head = await head_after(world, Release(5).sealed_head, ignored, read_each=read_each)
         assert head == Release(5).head
@@ -251,11 +259,9 @@ def test_a_head_that_is_not_our_coordinators_is_ignored(world: World, ignored: b
     run(main)
 
 
-@pytest.mark.parametrize("older", [(1, 6), (1, 7), (2, 6), (3, 0)])
+@pytest.mark.parametrize("older", [(1, 6), (2, 6), (3, 0)])
 def test_a_head_older_than_the_model_that_was_run_is_ignored(world: World, older: tuple[int, int]) -> None:
     epoch, version = older
-    if older == (1, 7):
-        version = 6  # the same model again is fine; one below it is not
 
     async def main() -> None:
         newer = Release(8).sealed_head

@@ -85,7 +85,7 @@ def test_an_update_is_synced_when_put_returns_and_a_counter_when_it_is_given_out
     fsync = os.fsync
 
     def watched(descriptor: int) -> None:
-        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", watched)

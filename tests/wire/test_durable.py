@@ -3,7 +3,6 @@ from pathlib import Path
 
 import pytest
 
-from fedtide.wire import durable
 from fedtide.wire.durable import write_durably
 
 
@@ -15,13 +14,13 @@ class Power:
         self.cut_after: int | None = None
         self._watched = watched
         self._fsync = os.fsync
-        monkeypatch.setattr(durable.os, "fsync", self.fsync)
+        monkeypatch.setattr(os, "fsync", self.fsync)
 
     def fsync(self, descriptor: int) -> None:
         if len(self.synced) == self.cut_after:
             raise OSError("no power")
         self._fsync(descriptor)
-        name = Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
+        name = Path(f"/proc/self/fd/{descriptor}").readlink().name
         self.synced.append((name, self._watched.read_bytes() if self._watched.exists() else None))
 
 

@@ -50,7 +50,7 @@ def test_a_frame_of_exactly_the_largest_size_is_read() -> None:
 def test_a_missing_field_is_named() -> None:
     fields = receipt_fields()
     del fields["digest"]
-    with pytest.raises(MalformedFrame, match="not a Receipt: .*`digest`"):
+    with pytest.raises(MalformedFrame, match=r"not a Receipt: .*`digest`"):
         frame.unpack(packed(fields), Receipt)
 
 

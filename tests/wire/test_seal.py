@@ -75,7 +75,7 @@ def test_a_signed_message_of_another_kind_is_malformed() -> None:
 def test_a_tag_from_the_future_is_malformed_and_the_error_names_the_known_kinds() -> None:
     packed = frame.pack(RECEIPT).replace(b"\xa7receipt", b"\xa7riposte")
     sealed = b"\x01" + bytes(msgpack.packb([packed, COORDINATOR_KEY.sign(DOWN_DOMAIN, packed)]))
-    with pytest.raises(MalformedFrame, match="none of Receipt, MissingChunks, Resync: .*riposte"):
+    with pytest.raises(MalformedFrame, match=r"none of Receipt, MissingChunks, Resync: .*riposte"):
         unseal_any(sealed, DownMessage, COORDINATOR_KEY.public, DOWN_DOMAIN)
 
 

@@ -30,7 +30,8 @@ def test_tables_become_typed_objects_and_what_is_left_out_its_default() -> None:
 
 
 def test_relative_paths_are_relative_to_the_file_and_absolute_ones_stay() -> None:
-    text = 'name = "pumps"\nstate = "data"\n[broker.tls]\nauthority = "/etc/ca.pem"\ncertificate = "tls/own.pem"\n'
+    tls = '[broker.tls]\nauthority = "/etc/ca.pem"\ncertificate = "tls/own.pem"\n'
+    text = f'name = "pumps"\nstate = "data"\n{tls}'
     settings = read(text, Path("/srv/fleet"))
     assert settings.state == Path("/srv/fleet/data")
     assert settings.broker.tls == Tls(
@@ -81,5 +82,5 @@ def test_a_file_is_read_as_utf_8(tmp_path: Path) -> None:
 def test_a_file_that_is_no_text_is_not_toml(tmp_path: Path) -> None:
     file = tmp_path / "coordinator.toml"
     file.write_bytes(b'name = "F\xfcllstand"')
-    with pytest.raises(SettingsError, match="is not TOML: .*utf-8"):
+    with pytest.raises(SettingsError, match=r"is not TOML: .*utf-8"):
         load(file, Settings)

@@ -1,0 +1,120 @@
+"""A simulated fleet trains to its target over real brokers, through a broker that forgets, and in numbers."""
+
+import asyncio
+
+import pytest
+from whole_fleet import (
+    assert_balanced,
+    audited,
+    coordinator_here,
+    make_fleet,
+    simulated,
+    until,
+)
+
+STOP_AT_90 = "[stop]\nmetric = 0.9\nseconds = 60.0\n"
+
+
+def test_eight_devices_train_to_ninety_percent(digits, brokers, tmp_path):
+    fleet = make_fleet(tmp_path, digits, brokers.port, devices=8, more=STOP_AT_90)
+
+    async def scenario():
+        async with coordinator_here(fleet) as (service, running), simulated(fleet) as devices:
+            await until(lambda: service.status("").connected, 20, lambda: service.status(""))
+            mqtt_version = service.status("").mqtt_version
+            reason = await running
+            return mqtt_version, reason, service.status("stopped"), devices
+
+    mqtt_version, reason, seen, devices = asyncio.run(scenario())
+    assert reason == "metric reached 0.9"
+    assert mqtt_version == {4: "3.1.1", 5: "5"}[brokers.mqtt_version]
+    assert_balanced(seen.updates)
+    assert seen.updates.rejected.keys() <= {"stopped"}
+    assert sum(seen.staleness.values()) == seen.updates.applied
+
+    record = audited(fleet)
+    assert {device for device, _ in record.updates} == {device.settings.device for device in fleet.devices}
+    assert len(record.updates) == seen.updates.applied
+    # A q8 update of this model is 1.2 KB and its envelope half a KB more; full models come the other way.
+    uplink = sum(traffic.sent_bytes for traffic in devices.traffic.values())
+    assert 1200 * seen.updates.applied < uplink < 4000 * (seen.updates.received + 100)
+    downlink = sum(traffic.received_bytes for traffic in devices.traffic.values())
+    assert downlink > uplink
+
+
+def test_a_broker_that_restarts_empty_is_survived_without_a_person(digits, brokers, tmp_path):
+    fleet = make_fleet(tmp_path, digits, brokers.port, devices=5, more="[stop]\nversions = 30\n")
+
+    async def scenario():
+        async with coordinator_here(fleet) as (service, running), simulated(fleet):
+            await until(lambda: service.status("").version >= 8, 30, lambda: service.status(""))
+            await asyncio.to_thread(brokers.kill)
+            await asyncio.to_thread(brokers.restart, empty=True)
+            before = service.status("").version
+            async with asyncio.timeout(40):
+                reason = await running
+            return before, reason, service.status("stopped")
+
+    before, reason, seen = asyncio.run(scenario())
+    assert (before < 30, reason) == (True, "versions reached 30")
+    assert_balanced(seen.updates)
+    assert audited(fleet).version >= 30
+
+
+@pytest.mark.mosquitto
+def test_a_broker_that_restarts_with_yesterdays_memory_is_survived_too(digits, tmp_path):
+    """It knows the coordinator's session and the head of then, but not the chunks of today's model."""
+    from broker_config.local import free_port, start_local_broker  # noqa: PLC0415
+
+    port = free_port()
+    state = tmp_path / "broker" / "state"
+    config = f"listener {port} 127.0.0.1\nallow_anonymous true\nuser root\nmax_queued_messages 0\n"
+    config += f"persistence true\npersistence_location {state}/\nautosave_interval 0\n"
+    fleet = make_fleet(tmp_path, digits, port, devices=4, more="[stop]\nversions = 30\n")
+
+    async def scenario(broker):
+        async with coordinator_here(fleet) as (service, running), simulated(fleet):
+            await until(lambda: service.status("").version >= 3, 30, lambda: service.status(""))
+            await asyncio.to_thread(save_memory, broker, state)
+            saved = service.status("").version
+            await until(lambda: service.status("").version >= saved + 8, 30, lambda: service.status(""))
+            await asyncio.to_thread(broker.kill)
+            await asyncio.to_thread(broker.start)
+            async with asyncio.timeout(40):
+                return await running
+
+    with start_local_broker(tmp_path / "broker", "mosquitto", config, port) as broker:
+        assert asyncio.run(scenario(broker)) == "versions reached 30"
+    audited(fleet)
+
+
+def save_memory(broker, state):
+    """SIGUSR1 makes mosquitto write its sessions and retained messages to disk."""
+    import os  # noqa: PLC0415
+    import signal  # noqa: PLC0415
+    import time  # noqa: PLC0415
+
+    os.kill(broker.pid, signal.SIGUSR1)
+    deadline = time.monotonic() + 5
+    while not (state / "mosquitto.db").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert (state / "mosquitto.db").exists()
+
+
+def test_two_hundred_devices_on_one_broker_are_all_served(digits, broker, tmp_path):
+    fleet = make_fleet(tmp_path, digits, broker.port, devices=200, goal=20, seconds_per_update=2.0)
+
+    async def scenario():
+        async with coordinator_here(fleet) as (service, _running), simulated(fleet) as devices:
+            await until(
+                lambda: all(device.applied for device in service.status("").devices),
+                90,
+                lambda: service.status("").updates,
+            )
+            return service.status("running"), devices
+
+    seen, devices = asyncio.run(scenario())
+    assert len(seen.devices) == 200
+    assert all(device.applied for device in seen.devices)
+    assert_balanced(seen.updates)
+    assert sum(tally.applied for tallies in devices.tallies.values() for tally in tallies) >= 200 - 32

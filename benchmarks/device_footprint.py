@@ -1,10 +1,10 @@
-"""Claim: an edge agent fits a small machine: 100 MB of memory, 0.6 CPU seconds to its first training step.
+"""Claim: an edge agent fits a small machine: 100 MB of memory, 0.6 CPU seconds to its first training.
 
-The real process, ``fedtide agent run``, in a fleet of one with the real coordinator over mosquitto, trains an MLP
-64-128-10 on digits. Measured: peak resident memory after some updates; CPU seconds from the start of the
-process to its first training, connecting, fetching and checking plan and model included; the installed size of
-all distributions an agent needs; and training steps per CPU second beside torch (eager, the same model, one
-thread, batches of 32).
+The real process, ``fedtide agent run``, in a fleet of one with the real coordinator over mosquitto, trains an
+MLP 64-128-10 on digits. Measured: peak resident memory after some updates; CPU seconds from the start of the
+process to its first training, connecting, fetching and checking plan and model included; the installed size
+of all distributions an agent needs; and training steps per CPU second beside torch (eager, the same model,
+one thread, batches of 32).
 
 The floor of memory and start-up is Python importing numpy and onnxruntime, measured in the same run.
 """

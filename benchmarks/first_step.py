@@ -1,7 +1,6 @@
 """Runs ``fedtide`` with the given arguments, and tells when training first begins and that it goes on.
 
-Prints the CPU seconds of this process, interpreter start included, at the first call of ``Trainer.run_epochs``;
-then a line for each later call.
+Prints the CPU seconds of this process, interpreter start included, at every call of ``Trainer.run_epochs``.
 """
 
 import sys
@@ -20,6 +19,6 @@ def _announced(trainer: Trainer, *arguments: Any, **options: Any) -> LocalResult
 
 
 if __name__ == "__main__":
-    Trainer.run_epochs = _announced  # type: ignore[method-assign]
+    Trainer.run_epochs = _announced  # type: ignore[method-assign, assignment]
     sys.argv[0] = "fedtide"
     main()

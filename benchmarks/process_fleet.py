@@ -166,7 +166,7 @@ data = {{ kind = "npz", path = "examples.npz" }}
 
 
 def start_python(arguments: Sequence[str], output: Path) -> subprocess.Popen[bytes]:
-    """Start a Python process with one thread for arithmetic; it writes to ``output``.out and ``output``.err."""
+    """Start a Python process, one thread for arithmetic; it writes to ``output``.out and ``output``.err."""
     paths = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package has its bytecode

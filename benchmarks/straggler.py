@@ -1,13 +1,13 @@
 """Claim: one slow device does not hold the fleet up, and the system adds little to what scheduling costs.
 
-Eight devices train an MLP on digits, labels divided by Dirichlet(0.3). Seven take 0.5 s per update, the eighth,
-which has the most examples, 5 s. Counted: seconds from the first device's first training to the first held-out
-accuracy of 0.93.
+Eight devices train an MLP on digits, labels divided by Dirichlet(0.3). Seven take 0.5 s per update; the
+eighth, which has the most examples, 5 s. Counted: seconds from the first device's first training to the first
+held-out accuracy of 0.93.
 
 - asynchronous and synchronous: the real coordinator and eight real agents, each its own process with real
   fsyncs, over mosquitto. Only the duration of training is imitated, by waiting.
-- the floor: the same training and the same coordinator arithmetic on a virtual clock, where fetching, sending,
-  deciding and publishing take no time.
+- the floor: the same training and the same coordinator arithmetic on a virtual clock, where fetching,
+  sending, deciding and publishing take no time.
 
 Both depend on the order of arrivals, hence medians over several seeds of the devices' order of examples. Both
 modes were tuned on the floor, with seeds that are not used here: aggregation goal, server learning rate and

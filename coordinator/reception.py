@@ -65,7 +65,7 @@ class Reception:
         while True:
             connection = await self._reconnector.connect(self._session())
             try:
-                await self._serve(connection, everything=first or not connection.session_present)
+                await self._serve(connection, resync=first or not connection.session_present)
             except* (LinkDown, PublishRefused) as lost:
                 log.warning("Broker: %s", lost.exceptions[0], extra={"event": "link.down"})
             finally:
@@ -101,24 +101,25 @@ class Reception:
             will=Will(will_topic, self._publisher.state_message(online=False)),
         )
 
-    async def _serve(self, connection: Connection, *, everything: bool) -> None:
-        """Announce and receive. ``everything``: the broker forgot our session, so the rest too."""
+    async def _serve(self, connection: Connection, *, resync: bool) -> None:
+        """Announce and receive. ``resync``: the broker forgot our session, so perhaps updates too."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._announce(connection, everything=everything), name="coordinator.announce")
+            group.create_task(self._announce(connection, resync=resync), name="coordinator.announce")
             # What ends only with the connection is the group's body, not its child: when a child fails after
             # the body has ended, the task counts as cancelled for ever (CPython 3.11 and 3.12).
             await self._receive(connection)
 
-    async def _announce(self, connection: Connection, *, everything: bool) -> None:
+    async def _announce(self, connection: Connection, *, resync: bool) -> None:
         fleet = self._settings.fleet
         await connection.subscribe([topics.UPDATE.filter(fleet, shard=0), topics.PRESENCE.filter(fleet)])
         await connection.subscribe([topics.EVENT.filter(fleet)], qos=topics.EVENT.qos)
         await self._publisher.announce(connection, online=True)
-        await self._publisher.renew(connection, everything=everything)
+        # A broker that crashed may know our session of yesterday and none of today's chunks.
+        await self._publisher.renew(connection, everything=True)
         self.connection = connection
         log.info("Connected with MQTT %s", connection.mqtt_version, extra={"event": "link.up"})
         self._on_connected()
-        if everything:
+        if resync:
             await self._resync(connection)
 
     async def _resync(self, connection: Connection) -> None:

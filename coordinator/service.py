@@ -282,11 +282,12 @@ class CoordinatorService:
         self.committer.finish()
         await committing
         await self._evaluate_newest()
-        if self._reception.connection is not None:
+        await self._publish_newest(every_versions=1)
+        connection = self._reception.connection
+        if connection is not None:
             with contextlib.suppress(LinkDown, PublishRefused):
-                last = self.committer.committed
-                version = Version.of(last.version, last.parameters)
-                await self._publisher.publish(self._reception.connection, version)
+                # Where there was nothing new, or nothing finite, the head still has to say that training ended.
+                await self._publisher.renew(connection, everything=False)
         await self._leave(committing)
         log.info("Stopped: %s", self._stop_reason, extra={"event": "coordinator.stopped"})
 

@@ -11,7 +11,6 @@ from rich.console import Console
 from broker_config.local import available_brokers
 from fedtide.demo.fleet import DemoSettings
 from fedtide.demo.report import summary
-from fedtide.demo.run import run_demo
 from fedtide.wire.codecs import CODECS
 
 
@@ -56,6 +55,8 @@ def demo(*, as_json: bool, **options: object) -> None:
         raise click.ClickException(
             "no broker: install mosquitto (apt-get install mosquitto) or pip install 'fedtide[broker]'"
         )
+    from fedtide.demo.run import run_demo  # noqa: PLC0415 - torch takes seconds to import
+
     console = Console(stderr=as_json)
     logging.basicConfig(level=logging.ERROR)  # devices that drop off on purpose are not news
     try:

@@ -130,7 +130,7 @@ def test_withdrawing_looks_nowhere_but_among_the_devices(folder, name):
 
 
 def test_no_device_gets_the_coordinators_name(folder):
-    with pytest.raises(ValueError, match="may not be called 'coordinator'"):
+    with pytest.raises(ValueError, match="device id 'coordinator' is not allowed"):
         issue(folder, "coordinator")
     with pytest.raises(ValueError, match="common name is 'coordinator', not 'pump-2'"):
         issue(folder, "pump-2", "coordinator")

@@ -296,6 +296,20 @@ def test_the_coordinator_stops_by_itself_and_offers_the_last_version(tmp_path, s
     assert fleet.connection.closed
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+def test_a_version_that_is_not_finite_is_never_offered(tmp_path):
+    """Two finite deltas whose sum is not: neither when it is made nor as the last one at the stop."""
+
+    async def scenario(fleet, running):
+        fleet.send(*(update(counter, delta=constant(3e38)) for counter in (1, 2)))
+        assert await running == "updates reached 2"
+
+    fleet = run(tmp_path, make(Stop(updates=2), staleness=Constant()), scenario)
+    assert fleet.service.status("stopped").version == 2
+    assert {head.version for head in fleet.heads()} <= {0, 1}
+    assert fleet.heads()[-1].training is False
+
+
 def test_a_version_that_passes_the_gate_is_released(tmp_path):
     def evaluate(parameters):
         return Outcome(loss=0.0, metric=float(parameters[0]))
@@ -350,9 +364,13 @@ def test_chunks_that_did_not_come_are_asked_for(tmp_path):
     assert receipt.verdict is Verdict.APPLIED
 
 
-def test_after_a_lost_connection_the_next_one_gets_everything(tmp_path):
+@pytest.mark.parametrize("session_present", [False, True])
+def test_after_a_lost_connection_the_next_one_gets_everything(tmp_path, session_present):
+    """Even where the broker knows the session: that may be from before a crash, and the chunks from after."""
+
     async def scenario(fleet, _running):
         first, second = fleet.connections
+        second.session_present = session_present
         fleet.send(update(1))
         await first.until(lambda: len(fleet.heads()) == 2)
         first.lose()

@@ -22,12 +22,13 @@ HEAD = "fl/1/pumps/model/head"
 LARGE = np.arange(800, dtype=np.float32)  # 3200 bytes: four chunks of 1024
 
 
-def make_publisher(remember=None, clock=lambda: 1000.0, **changes):
+def make_publisher(remember=None, earlier=(), **changes):
     async def nothing(_version):
         pass
 
     settings = make_settings(chunk_bytes=1024, **changes)
-    return Publisher(settings, Identity(5, PLAN.plan.id, b"the plan", KEY), remember or nothing, clock)
+    identity = Identity(5, PLAN.plan.id, b"the plan", KEY)
+    return Publisher(settings, identity, remember or nothing, lambda: 1000.0, earlier)
 
 
 def version(number, parameters=None):
@@ -119,6 +120,25 @@ def test_three_models_stay_and_older_ones_are_cleared():
     kept = {head.full_blob.id for head in heads(connection)[-3:]} | {heads(connection)[0].plan_blob.id}
     blobs = {topic.split("/")[5] for topic in retained(connection.published) if "/b/" in topic}
     assert blobs == kept
+
+
+def test_models_of_the_run_before_are_cleared_in_their_turn():
+    async def scenario():
+        before, after = RecordingConnection(), RecordingConnection()
+        first = make_publisher()
+        for number in (1, 2):
+            await first.publish(before, version(number))
+        second = make_publisher(earlier=[version(number).fingerprint for number in (1, 2)])
+        for number in (2, 3, 4):
+            await second.publish(after, version(number))
+        return before, after
+
+    before, after = asyncio.run(scenario())
+    held = retained([*before.published, *after.published])
+    left = {topic.split("/")[5] for topic in held if "/b/" in topic}
+    models = {head.full_blob.id for head in heads(after)}
+    assert left == models | {heads(after)[0].plan_blob.id}
+    assert len(models) == 3
 
 
 def test_parameters_that_come_back_are_not_cleared():

@@ -41,7 +41,7 @@ from fedtide.wire.link import PublishRefused
 from fedtide.wire.messages import Reason, TrainingEvent, Verdict
 from fedtide.wire.plan import PlanManifest
 from fedtide.wire.seal import seal
-from fedtide.wire.signatures import HEAD_DOMAIN
+from fedtide.wire.signatures import DOWN_DOMAIN, HEAD_DOMAIN, SigningKey
 
 
 @pytest.fixture
@@ -114,18 +114,27 @@ def test_every_verdict_but_unknown_device_settles_an_update(
     run(main)
 
 
-def test_forged_receipts_do_not_empty_the_outbox(world: World) -> None:
+@pytest.mark.parametrize(
+    ("changes", "key", "domain"),
+    [
+        ({}, STRANGERS_KEY, DOWN_DOMAIN),
+        ({}, DEVICE_KEY, DOWN_DOMAIN),
+        ({}, COORDINATOR_KEY, HEAD_DOMAIN),
+        ({"digest": bytes(32)}, COORDINATOR_KEY, DOWN_DOMAIN),
+        ({"counter": 1}, COORDINATOR_KEY, DOWN_DOMAIN),
+    ],
+    ids=["a stranger's key", "the device's own key", "another purpose", "other bytes", "another update"],
+)
+def test_a_receipt_that_is_not_the_coordinators_for_these_bytes_does_not_empty_the_outbox(
+    world: World, changes: dict[str, object], key: SigningKey, domain: bytes
+) -> None:
     async def main() -> None:
         await world.coordinator.publish(Release(1))
         agent = world.agent()
         world.start(agent)
         update = await world.coordinator.updates.get()
-        receipt = receipt_for(update)
-        await world.coordinator.tell(receipt, key=STRANGERS_KEY)
-        await world.coordinator.tell(receipt, key=DEVICE_KEY)
-        await world.coordinator.tell(receipt, domain=HEAD_DOMAIN)
-        await world.coordinator.tell(msgspec.structs.replace(receipt, digest=bytes(32)))
-        await world.coordinator.tell(msgspec.structs.replace(receipt, counter=update.counter - 1))
+        forged = msgspec.structs.replace(receipt_for(update), **changes)
+        await world.coordinator.tell(forged, key=key, domain=domain)
         await world.coordinator.ask_for_all()  # it still has the update, so it sends it again
         again = await world.coordinator.updates.get()
         assert again.digest == update.digest
@@ -203,6 +212,22 @@ def test_an_unknown_device_keeps_its_update_until_the_operator_has_enrolled_it(w
         await world.coordinator.answer(update)
         await until(lambda: agent.tally == Tally(trained=1, sent=4, applied=1))
         assert world.outbox_files() == set()
+        await world.stop()
+
+    run(main)
+
+
+def test_the_answer_to_an_earlier_attempt_does_not_count_for_the_next(world: World) -> None:
+    async def main() -> None:
+        await world.coordinator.publish(Release(1))
+        agent = world.agent()
+        world.start(agent)
+        update = await world.coordinator.updates.get()
+        await world.coordinator.answer(update, Verdict.REJECTED, Reason.UNKNOWN_DEVICE, retry_after_s=0.002)
+        await world.coordinator.updates.get()
+        await world.coordinator.ask_for(update, 0)  # what it does if it waits for a new answer
+        await until(lambda: len(world.coordinator.chunks) == 3)
+        assert agent.tally.sent == 2
         await world.stop()
 
     run(main)

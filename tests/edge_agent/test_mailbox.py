@@ -54,14 +54,16 @@ def world(tmp_path: Path) -> World:
     return World.new(tmp_path)
 
 
-def new_mailbox(world: World, fetcher: Fetcher | None = None) -> Mailbox:
+def new_mailbox(
+    world: World, fetcher: Fetcher | None = None, rng: np.random.Generator | None = None
+) -> Mailbox:
     return Mailbox(
         agent_settings(world.state),
         coordinator=COORDINATOR_KEY.public,
         public=DEVICE_KEY.public,
         fetcher=fetcher or Fetcher(FLEET, 1000),
         dial=world.broker.dial,
-        rng=np.random.default_rng(5),
+        rng=rng or np.random.default_rng(5),
     )
 
 
@@ -127,9 +129,7 @@ def test_two_starts_have_two_boot_ids(world: World) -> None:
 
     async def main() -> None:
         for _ in range(2):
-            mailbox = new_mailbox(world)
-            mailbox._boot = rng.bytes(8).hex()
-            async with running(world, mailbox):
+            async with running(world, new_mailbox(world, rng=rng)):
                 pass
 
     run(main)

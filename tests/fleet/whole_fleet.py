@@ -182,8 +182,8 @@ async def until(condition, deadline_s, what):
     """Look every 20 ms: what brokers and other processes do cannot be awaited."""
     try:
         async with asyncio.timeout(deadline_s):
-            while not condition():
-                await asyncio.sleep(0.02)  # noqa: ASYNC110
+            while not condition():  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
     except TimeoutError:
         raise AssertionError(f"not within {deadline_s:g} s: {what()}") from None
 

@@ -286,7 +286,7 @@ class CoordinatorService:
         connection = self._reception.connection
         if connection is not None:
             with contextlib.suppress(LinkDown, PublishRefused):
-                # Where there was nothing new, or nothing finite, the head still has to say that training ended.
+                # Where nothing new, or nothing finite, was there to offer, the head still says that training ended.
                 await self._publisher.renew(connection, everything=False)
         await self._leave(committing)
         log.info("Stopped: %s", self._stop_reason, extra={"event": "coordinator.stopped"})

@@ -69,7 +69,7 @@ class Tally:
 
     trained: int = 0
     sent: int = 0
-    """Updates of which everything was published at least once."""
+    """Attempts to send an update, repetitions included."""
     resent: int = 0
     applied: int = 0
     duplicate: int = 0
@@ -160,7 +160,7 @@ class Agent:
         return head.training and (again or head.version != self._trained_version)
 
     async def _install(self, newest: SealedHead) -> InstalledModel:
-        connection = await self._mailbox.online()
+        connection = await self._mailbox.connected()
         head = newest.head
         plan_blob = self._slots.plan_blob(head.plan)
         if plan_blob is None:

@@ -134,6 +134,13 @@ class Mailbox:
         if connection is not None:
             connection.abort()
 
+    async def connected(self) -> Connection:
+        """A live connection, whether the coordinator is there or not: the broker has its models."""
+        await self._until(lambda: self.connection is not None)
+        if self.connection is None:
+            raise LinkDown("the connection was lost")
+        return self.connection
+
     async def online(self, timeout_s: float | None = None) -> Connection:
         """A live connection, while the coordinator is not known to be away.
 

@@ -62,6 +62,7 @@ class ModelSlots:
         self._key = key
         self._sync = sync
         self._active: str | None = None
+        self._active_plan: PlanId | None = None
 
     def newest(self) -> InstalledModel | None:
         """The newest whole model on disk, or None."""
@@ -69,6 +70,7 @@ class ModelSlots:
         if not found:
             return None
         self._active, model = max(found, key=lambda pair: pair[1].head.order)
+        self._active_plan = model.head.plan
         return model
 
     def plan_blob(self, plan: PlanId) -> bytes | None:
@@ -86,11 +88,19 @@ class ModelSlots:
         model = _checked(head, open_plan(plan_blob, self._key), content)
         if self.plan_blob(head.plan) != plan_blob:
             write_durably(self._plan_file(head.plan), plan_blob, sync=self._sync)
+            self._forget_other_plans(head.plan)
         slot = "b" if self._active == "a" else "a"
         packed = _LENGTH.pack(len(sealed_head)) + sealed_head + content
         write_durably(self._slot_file(slot), packed, sync=self._sync)
-        self._active = slot
+        self._active, self._active_plan = slot, head.plan
         return model
+
+    def _forget_other_plans(self, newest: PlanId) -> None:
+        """Keep the plans of the newest model and of the one in use; a disk is not for history."""
+        kept = {self._plan_file(plan) for plan in (newest, self._active_plan) if plan is not None}
+        for file in (self._directory / "plans").glob("*.plan"):
+            if file not in kept:
+                file.unlink()
 
     def _load(self, slot: str) -> InstalledModel | None:
         try:

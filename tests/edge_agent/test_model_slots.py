@@ -198,3 +198,12 @@ def test_a_name_from_the_network_never_becomes_a_path(tmp_path: Path, name: str)
     with pytest.raises(WrongModel, match="the head names"):
         slots.install(release.sealed_head, head, release.plan_blob, release.content)
     assert [file for file in tmp_path.rglob("*") if file.is_file()] == []
+
+
+def test_plans_of_models_long_gone_are_forgotten(tmp_path: Path) -> None:
+    slots = open_slots(tmp_path)
+    plans = [tiny_plan(name) for name in ("line", "curve", "wave")]
+    for version, plan in enumerate(plans, start=1):
+        install(slots, Release(version, plan=plan))
+    kept = {file.stem for file in (tmp_path / "plans").iterdir()}
+    assert kept == {plans[1].id, plans[2].id}

@@ -44,9 +44,12 @@ class ModelStore:
         self._recent: dict[ModelVersion, Vector] = {}
 
     def save(self, version: ModelVersion, parameters: Vector) -> None:
-        """Write a version durably, and remove those beyond the last ``keep``."""
+        """Write a version durably."""
         write_durably(self._file(version), save_tensors(self._schema.split(parameters)))
         self._remember(version, parameters)
+
+    def remove_old(self) -> None:
+        """Remove the files of all versions but the last ``keep``."""
         files = sorted(self._directory.glob("*.safetensors"))
         for file in files[: -self._keep]:
             file.unlink()

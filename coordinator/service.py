@@ -200,9 +200,10 @@ class CoordinatorService:
         keep = self._settings.publish.keep_versions
 
         def work() -> None:
-            # In this order a kill in between leaves no version on record whose file is gone but this new one.
-            self._recovered.journal.add_published(row, keep)
+            # In this order a kill in between never leaves a version on record whose file is not there.
             self._recovered.models.save(version.number, version.parameters)
+            self._recovered.journal.add_published(row, keep)
+            self._recovered.models.remove_old()
 
         published = self._writer.published
         for old in sorted({*published, version.number})[:-keep]:
@@ -286,7 +287,7 @@ class CoordinatorService:
         connection = self._reception.connection
         if connection is not None:
             with contextlib.suppress(LinkDown, PublishRefused):
-                # Where nothing new, or nothing finite, was there to offer, the head still says that training ended.
+                # Where there was nothing new to offer, the head still has to say that training ended.
                 await self._publisher.renew(connection, everything=False)
         await self._leave(committing)
         log.info("Stopped: %s", self._stop_reason, extra={"event": "coordinator.stopped"})

@@ -31,7 +31,7 @@ IMPURE: Final = frozenset(
     {"asyncio", "socket", "sqlite3", "time", "datetime", "random", "secrets", "threading", "subprocess"}
 )
 
-TASKS: Final = frozenset({"fedtide/demo/digits.py"})
+TASKS: Final = frozenset({"fedtide/demo/task.py"})
 """What a model owner writes: a torch module, a loss, an optimizer. Imported only to build its plan."""
 
 LONGEST: Final = 350

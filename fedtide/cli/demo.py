@@ -9,8 +9,8 @@ import msgspec
 from rich.console import Console
 
 from broker_config.local import available_brokers
-from fedtide.demo.fleet import DemoSettings
 from fedtide.demo.report import summary
+from fedtide.demo.settings import DemoSettings
 from fedtide.wire.codecs import CODECS
 
 

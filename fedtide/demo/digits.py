@@ -1,16 +1,12 @@
-"""What the demo trains: scikit-learn's handwritten digits, split over devices that see few of the ten."""
+"""What the demo trains on: scikit-learn's handwritten digits, split over devices that see few of the ten."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from sklearn.datasets import load_digits
 
-from coordinator.plan.task import Task
 from edge_agent.dataset import Dataset
-from fedtide.wire.plan import Training
 
 _HELD_OUT = 0.2
 _FEWEST_EXAMPLES = 8
@@ -58,19 +54,3 @@ def dirichlet_parts(
         while len(part) < fewest:
             part.append(max(dealt, key=len).pop())
     return [np.array(sorted(part), np.intp) for part in dealt]
-
-
-def task(seed: int, local_epochs: int = 4) -> Task:
-    """A multilayer perceptron 64-128-10 with SGD."""
-    torch.manual_seed(seed)
-    model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10))
-    example: tuple[Any, Any] = (torch.zeros(8, 64), torch.zeros(8, dtype=torch.int64))
-    return Task(
-        name="digits",
-        model=model,
-        loss=torch.nn.CrossEntropyLoss(),
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        example=example,
-        metric="accuracy",
-        training=Training(local_epochs=local_epochs, batch_size=32, learning_rate=0.1),
-    )

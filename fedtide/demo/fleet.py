@@ -1,6 +1,5 @@
 """The demo's fleet: its directory, and simulated devices of three kinds."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ from edge_agent.data_sources import Npz
 from edge_agent.settings import AgentSettings
 from edge_agent.simulation import Outage, SimulatedDevice
 from fedtide.demo.digits import Digits
+from fedtide.demo.settings import DemoSettings, kind_of
 from fedtide.fleet_directory import FleetDirectory, NewFleet, create
 from fedtide.wire.ids import DeviceId, FleetId
 from fedtide.wire.link import Broker
@@ -21,29 +21,6 @@ SECONDS_PER_UPDATE = 0.5
 SLOW_FACTOR = 10.0
 _OUTAGE_AFTER_S = 4.0
 _OUTAGE_FOR_S = 5.0
-
-
-@dataclass(frozen=True)
-class DemoSettings:
-    """What ``fedtide demo`` was asked for."""
-
-    devices: int
-    slow: int
-    dropping: int
-    seed: int
-    alpha: float
-    target: float
-    seconds: float
-    codec: str
-    out: Path
-    broker: str | None
-
-
-def kind_of(number: int, settings: DemoSettings) -> str:
-    """``slow`` for the first devices, ``dropping`` for the next, ``fast`` for the rest."""
-    if number < settings.slow:
-        return "slow"
-    return "dropping" if number < settings.slow + settings.dropping else "fast"
 
 
 def prepare(

@@ -20,9 +20,11 @@ from broker_config.local import LocalBroker, start_local_broker
 from coordinator.plan.build import build
 from coordinator.status import Status, read
 from edge_agent.simulation import SimulatedFleet
-from fedtide.demo import digits as digits_data
 from fedtide.demo import live, plot, report
-from fedtide.demo.fleet import DemoSettings, kind_of, prepare, simulated_devices
+from fedtide.demo.digits import split_digits
+from fedtide.demo.fleet import prepare, simulated_devices
+from fedtide.demo.settings import DemoSettings, kind_of
+from fedtide.demo.task import task
 from fedtide.fleet_directory import FleetDirectory
 
 _REFRESH_S: Final = 0.25
@@ -75,8 +77,8 @@ def run_demo(settings: DemoSettings, console: Console) -> report.Report:
         path = Path(temporary)
         rng = np.random.default_rng(settings.seed)
         console.print("Building the training plan from a torch module (about 15 s) …")
-        digits = digits_data.split_digits(settings.devices, settings.alpha, rng)
-        plan = build(digits_data.task(settings.seed))
+        digits = split_digits(settings.devices, settings.alpha, rng)
+        plan = build(task(settings.seed))
         with start_local_broker(path / "broker", settings.broker) as broker:
             address = f"{broker.host}:{broker.port}"
             console.print(f"Broker: {broker.kind} on {address}, MQTT {_MQTT_VERSIONS[broker.mqtt_version]}.")

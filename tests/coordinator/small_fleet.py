@@ -169,6 +169,7 @@ class Bench:
         keep = self.settings.publish.keep_versions
         self.recovered.models.save(version.number, version.parameters)
         self.journal.add_published(Published(version.number, version.fingerprint, 0.0), keep)
+        self.recovered.models.remove_old()
         self.writer.published = {row.version: row.fingerprint for row in self.journal.published()}
 
     def snapshot(self):

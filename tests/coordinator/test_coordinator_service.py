@@ -339,6 +339,34 @@ def test_a_shutdown_commits_what_arrived_and_leaves_a_snapshot(tmp_path):
     assert fleet.connection.closed
 
 
+def test_at_every_step_of_a_publication_each_version_on_record_has_its_file(tmp_path):
+    """So a kill at any of them leaves no base that is admitted and cannot be read."""
+    settings = msgspec.structs.replace(make(), publish=Publish(min_interval_s=0.0, keep_versions=2))
+    missing = []
+
+    def look(fleet, statement):
+        # SQLite tells of each statement before it runs.
+        files = {int(file.stem) for file in (tmp_path / "state" / "models").glob("*.safetensors")}
+        database = sqlite3.connect(tmp_path / "state" / "journal.sqlite")
+        rows = {version for (version,) in database.execute("SELECT version FROM published")}
+        database.close()
+        missing.append(rows - files)
+
+    async def scenario(fleet, _running):
+        fleet.recovered.journal._database.set_trace_callback(lambda statement: look(fleet, statement))
+        for counter in range(1, 6):
+            heads = len(fleet.heads())
+            base = fleet.heads()[-1]
+            fleet.send(update(counter, base_version=base.version, base_sha256=base.parameters_sha256))
+            await fleet.connection.until(lambda heads=heads: len(fleet.heads()) > heads)
+        fleet.recovered.journal._database.set_trace_callback(None)
+
+    fleet = run(tmp_path, settings, scenario)
+    assert [head.version for head in fleet.heads()] == [0, 1, 2, 3, 4, 5]
+    assert len(missing) > 20
+    assert not any(missing)
+
+
 def test_each_run_has_a_higher_epoch(tmp_path):
     async def scenario(_fleet, _running):
         pass

@@ -10,8 +10,8 @@ from broker_config.local import available_brokers
 from coordinator.status import EvaluationPoint
 from fedtide.cli import command
 from fedtide.demo.digits import dirichlet_parts, split_digits
-from fedtide.demo.fleet import DemoSettings, kind_of
 from fedtide.demo.report import StalenessSummary, seconds_to_target, summarise_staleness
+from fedtide.demo.settings import DemoSettings, kind_of
 
 
 def test_every_example_goes_to_exactly_one_device():

@@ -49,7 +49,7 @@ BATCH: Final = 10
 """Updates per group commit; also the distinct updates made, since each is sent again under new counters."""
 PARAMETERS: Final = (100_000, 1_000_000, 10_000_000)
 PEERS_MS: Final = {"Flower": 4.3, "NVFlare": [2.1, 3.5], "APPFL FedAsync, float32 in memory": 3.1}
-"""Measured by us earlier: CPU per update of 1 million parameters, decoding included, nothing journaled."""
+"""Context from earlier notes, per update of 1 million parameters; not measured in this run."""
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from edge_agent.dataset import Dataset
 from edge_agent.plan_runtime import Trainer
 
 PEERS: Final = {"Flower, device side": {"installed_mb": 230.0, "rss_mb": 121.0}}
-"""Measured by us earlier."""
+"""Context from earlier notes; not measured in this run."""
 COORDINATOR: Final = """\
 plan = "{plan}"
 aggregator = {{ kind = "fedbuff", goal = 1 }}

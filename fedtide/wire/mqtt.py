@@ -63,7 +63,7 @@ class MqttDialler:
         connection = MqttConnection(self._broker, session, version, self._traffic)
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                await connection.open(name or host, int(port) if name else 1883)
+                await connection.open(name.strip("[]") or host, int(port) if name else 1883)
         except TimeoutError:
             connection.abort()
             raise LinkDown(f"broker {host} did not answer within {CONNECT_TIMEOUT_S:g} s") from None

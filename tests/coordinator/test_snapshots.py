@@ -156,4 +156,5 @@ def test_models_in_memory_are_bounded(tmp_path):
     parameters = np.zeros(schema.size, np.float32)
     for version in range(6):
         store.save(version, parameters)
+        store.remove_old()
     assert sorted(store._recent) == [2, 3, 4, 5]

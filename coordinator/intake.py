@@ -85,7 +85,8 @@ class Intake:
             payload: the message.
             now: seconds of a clock that only grows.
         """
-        counter, digest = Counter(0), update_digest(payload)
+        counter: Counter = Counter(0)
+        digest: bytes | None = None
         try:
             device = device_id(sender)
             chunk = frame.from_frame(payload, UpdateChunk, MAX_CHUNK_FRAME_BYTES)
@@ -97,9 +98,11 @@ class Intake:
             raw = self.assembler.add(sender, chunk, now)
             return None if raw is None else self._open(device, key, raw, chunk)
         except WireError as error:
-            damaged = isinstance(error, PayloadDamaged | BlobMismatch)
-            rejection = Rejection(_reason(error), str(error))
-            return Refused(DeviceId(sender), counter, None if damaged else digest, rejection)
+            if isinstance(error, PayloadDamaged | BlobMismatch):
+                digest = None
+            elif digest is None:
+                digest = update_digest(payload)  # not even a chunk: the answer names the message itself
+            return Refused(DeviceId(sender), counter, digest, Rejection(_reason(error), str(error)))
 
     def _open(self, device: DeviceId, key: PublicKey, raw: bytes, chunk: UpdateChunk) -> Arrived | Refused:
         envelope = open_update(raw, self._max_bytes)

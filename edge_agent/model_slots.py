@@ -43,6 +43,14 @@ class InstalledModel:
     parameters: Vector
 
 
+@dataclass(frozen=True)
+class _OpenedPlan:
+    """A verified plan with the blob it came in."""
+
+    blob: bytes
+    plan: Plan
+
+
 class WrongModel(Exception):
     """Content that does not belong to its head."""
 
@@ -63,6 +71,7 @@ class ModelSlots:
         self._sync = sync
         self._active: str | None = None
         self._active_plan: PlanId | None = None
+        self._opened: _OpenedPlan | None = None
 
     def newest(self) -> InstalledModel | None:
         """The newest whole model on disk, or None."""
@@ -71,10 +80,13 @@ class ModelSlots:
             return None
         self._active, model = max(found, key=lambda pair: pair[1].head.order)
         self._active_plan = model.head.plan
+        self._opened = _OpenedPlan(self._plan_file(model.head.plan).read_bytes(), model.plan)
         return model
 
     def plan_blob(self, plan: PlanId) -> bytes | None:
         """A plan's blob, if it is here."""
+        if self._opened is not None and self._opened.plan.id == plan:
+            return self._opened.blob
         file = self._plan_file(plan)
         return file.read_bytes() if file.exists() else None
 
@@ -85,15 +97,23 @@ class ModelSlots:
             WrongModel: parameters or plan are not the head's.
             WireError: the plan is malformed or not signed.
         """
-        model = _checked(head, open_plan(plan_blob, self._key), content)
-        if self.plan_blob(head.plan) != plan_blob:
+        known, opened = self._opened, self._open(plan_blob)
+        model = _checked(head, opened.plan, content)
+        if known is not opened or not self._plan_file(head.plan).exists():
             write_durably(self._plan_file(head.plan), plan_blob, sync=self._sync)
             self._forget_other_plans(head.plan)
+        self._opened = opened
         slot = "b" if self._active == "a" else "a"
         packed = _LENGTH.pack(len(sealed_head)) + sealed_head + content
         write_durably(self._slot_file(slot), packed, sync=self._sync)
         self._active, self._active_plan = slot, head.plan
         return model
+
+    def _open(self, blob: bytes) -> _OpenedPlan:
+        """Open a plan's blob, unless it is the one in use."""
+        if self._opened is not None and self._opened.blob == blob:
+            return self._opened
+        return _OpenedPlan(blob, open_plan(blob, self._key))
 
     def _forget_other_plans(self, newest: PlanId) -> None:
         """Keep the plans of the newest model and of the one in use; a disk is not for history."""
@@ -106,8 +126,8 @@ class ModelSlots:
         try:
             sealed, content = _unpack(self._slot_file(slot).read_bytes())
             head = unseal(sealed, Head, self._key, HEAD_DOMAIN)
-            plan = open_plan(self._plan_file(head.plan).read_bytes(), self._key)
-            return _checked(head, plan, content)
+            opened = self._open(self._plan_file(head.plan).read_bytes())
+            return _checked(head, opened.plan, content)
         except FileNotFoundError:
             return None
         except (WireError, WrongModel) as error:

@@ -6,6 +6,7 @@ so nothing is allocated or copied between steps, and a step costs little more th
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +41,9 @@ __all__ = [
     "StepFailed",
     "Trainer",
 ]
+
+
+_KEPT_STEPPERS: Final = 8  # each holds one batch
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,9 @@ class Trainer:
         check_train_interface(self._session, plan.manifest)
         check_shared_memory()
         self._sides = (State(plan.manifest), State(plan.manifest))
+        self._learning_rate = np.zeros((), np.float32)
+        self._learning_rate_input = shared(self._learning_rate)
+        self._steppers: dict[int, Stepper] = {}
 
     def run_epochs(
         self,
@@ -128,8 +135,7 @@ class Trainer:
         front, back = self._sides
         front.start(parameters)
         back.start(parameters)
-        learning_rate = shared(np.full((), training.learning_rate, np.float32))
-        steppers: dict[int, Stepper] = {}
+        self._learning_rate[...] = training.learning_rate
         tally = _Tally()
         steps = examples = 0
         with Watchdog(manifest.limits.step_deadline_s) as watchdog:
@@ -137,11 +143,7 @@ class Trainer:
                 if steps == training.max_steps or should_stop():
                     break
                 size = len(rows)
-                stepper = steppers.get(size)
-                if stepper is None:
-                    stepper = steppers[size] = Stepper(
-                        self._session, manifest, self._sides, size, learning_rate
-                    )
+                stepper = self._stepper(size)
                 stepper.step(steps & 1, dataset.arrays, rows, watchdog)
                 steps += 1
                 if epoch != tally.epoch:
@@ -156,6 +158,16 @@ class Trainer:
             loss=tally.loss,
             metric=tally.metric if manifest.metric is not None else None,
         )
+
+    def _stepper(self, size: int) -> Stepper:
+        """The stepper for batches of this size: one for full batches, a few for the last of an epoch."""
+        stepper = self._steppers.get(size)
+        if stepper is None:
+            if len(self._steppers) >= _KEPT_STEPPERS:
+                self._steppers.clear()
+            stepper = Stepper(self._session, self.plan.manifest, self._sides, size, self._learning_rate_input)
+            self._steppers[size] = stepper
+        return stepper
 
 
 class Evaluator:

@@ -94,6 +94,7 @@ class MqttConnection:
         self._lost: LinkDown | None = None
         self._socket: socket.socket | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._watching = False  # whether the selector tells when the socket can be written
         self._session_present = False
         self._max_packet_bytes: int | None = None
         self._client = self._make_client(broker)
@@ -299,7 +300,10 @@ class MqttConnection:
         self._expect(self._client.loop_write())
         if self._socket is None:
             return
-        if self._client.want_write():
+        if self._client.want_write() == self._watching:
+            return
+        self._watching = not self._watching
+        if self._watching:
             self._loop.add_writer(self._socket, self._write)
         else:
             self._loop.remove_writer(self._socket)

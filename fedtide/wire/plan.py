@@ -6,6 +6,7 @@ The manifest says all that a device needs to run the graphs and to refuse them; 
 import hashlib
 import zlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 import msgpack
@@ -136,7 +137,7 @@ class Plan:
     train: bytes
     evaluation: bytes
 
-    @property
+    @cached_property
     def id(self) -> PlanId:
         """Names the plan by its manifest, which holds the hashes of both graphs."""
         return plan_id(hashlib.sha256(frame.pack(self.manifest)).digest())

@@ -185,7 +185,9 @@ def test_a_plan_is_kept_under_its_id_and_written_again_when_it_is_damaged(tmp_pa
     install(slots, release)
     assert slots.plan_blob(release.plan.id) == release.plan_blob
     (tmp_path / "plans" / f"{release.plan.id}.plan").write_bytes(b"damaged")
-    install(slots, Release(2))
+    after_a_restart = open_slots(tmp_path)
+    assert after_a_restart.newest() is None
+    install(after_a_restart, Release(2))
     assert version_on_disk(tmp_path) == 2
 
 

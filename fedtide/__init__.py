@@ -1,8 +1,3 @@
 """Asynchronous federated learning over MQTT for fleets of small devices."""
 
-from importlib.metadata import PackageNotFoundError, version
-
-try:
-    __version__ = version("fedtide")
-except PackageNotFoundError:  # run from a checkout that is not installed
-    __version__ = "0"
+__version__ = "0.1.0"

@@ -61,9 +61,8 @@ def kill_again_and_again(fleet, kills, seed):
 
 
 def assert_every_receipt_is_true(fleet, witness, devices, kills):
-    record = audited(
-        fleet
-    )  # each update once, replay equal to every published version, marks and totals agree
+    # Each update once, replay equal to every published version, marks and totals in agreement:
+    record = audited(fleet)
     journaled = set(record.updates)
     assert witness.unsigned == 0
     assert witness.applied() <= journaled
@@ -76,7 +75,9 @@ def assert_every_receipt_is_true(fleet, witness, devices, kills):
     assert seen.state == "offline"
     assert 1 < seen.epoch <= kills + 1  # a kill during the start may come before the epoch is claimed
     assert_balanced(seen.updates)
-    assert (seen.updates.applied, seen.updates.waiting) == (len(journaled), 0)
+    # What arrives while the coordinator leaves waits, unacknowledged, and will be sent again.
+    assert seen.updates.applied == len(journaled)
+    assert seen.updates.waiting <= len(fleet.devices)
     assert seen.version == record.version
 
 

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 _RECEIVE_MAXIMUM: Final = 32
 _SESSION_EXPIRY_S: Final = 7 * 86_400
 _MAX_PENDING_KEYS: Final = 1000
+_MOST_ASKED: Final = 5
 
 
 class Reception:
@@ -75,13 +76,19 @@ class Reception:
             await self._reconnector.pause()
 
     async def ask_for_missing(self, silent_s: float) -> None:
-        """Ask devices for chunks that did not arrive with the others."""
+        """Ask devices for chunks that did not arrive with the others, and give up after a few times.
+
+        A device that comes back later sends its update from the beginning.
+        """
         connection = self.connection
         if connection is None:
             return
         now = time.monotonic()
         for sender, partial in self._intake.assembler.silent_since(now - silent_s).items():
-            partial.touched = now
+            if partial.asked == _MOST_ASKED:
+                self._intake.assembler.drop(sender)
+                continue
+            partial.touched, partial.asked = now, partial.asked + 1
             device = DeviceId(sender)
             missing = MissingChunks(
                 device=device,

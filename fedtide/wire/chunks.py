@@ -94,12 +94,14 @@ class PartialUpdate:
         chunks: contents by index.
         size_bytes: what they add up to.
         touched: when the last one arrived, in seconds of the caller's clock.
+        asked: how often the missing ones were asked for since then.
     """
 
     first: UpdateChunk
     chunks: dict[int, bytes]
     size_bytes: int
     touched: float
+    asked: int = 0
 
     def missing(self) -> tuple[int, ...]:
         """Indexes that have not arrived, the first 256: how many there are is only the sender's claim."""
@@ -150,7 +152,7 @@ class Assembler:
             partial.chunks[chunk.index] = chunk.content
             partial.size_bytes += len(chunk.content)
             self._held_bytes += len(chunk.content)
-        partial.touched = now
+        partial.touched, partial.asked = now, 0
         if partial.size_bytes > chunk.size_bytes:
             self.drop(sender)
             raise MalformedFrame(f"chunks add up to more than the announced {chunk.size_bytes:,} bytes")

@@ -392,6 +392,21 @@ def test_chunks_that_did_not_come_are_asked_for(tmp_path):
     assert receipt.verdict is Verdict.APPLIED
 
 
+def test_a_device_that_does_not_answer_is_asked_five_times_and_its_chunks_are_dropped(tmp_path):
+    large = update(1, metrics={"m" * 4000: 0.0})
+
+    async def scenario(fleet, _running):
+        assembler = fleet.service._reception._intake.assembler
+        fleet.send(large, chunk_bytes=1024, only={0, 3})
+        await fleet.connection.until(lambda: len(fleet.received(ONE)) == 5)
+        async with asyncio.timeout(5):
+            while assembler.held_bytes:  # noqa: ASYNC110 - nobody announces what is forgotten
+                await asyncio.sleep(0.01)
+
+    settings = make(update=Update(missing_after_s=0.05))
+    assert len(run(tmp_path, settings, scenario).received(ONE)) == 5
+
+
 @pytest.mark.parametrize("session_present", [False, True])
 def test_after_a_lost_connection_the_next_one_gets_everything(tmp_path, session_present):
     """Even where the broker knows the session: that may be from before a crash, and the chunks from after."""

@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 _TICK_S: Final = 0.25
 _STATUS_EVERY_TICKS: Final = 2
-_KEPT_EVALUATIONS: Final = 10_000
+_KEPT_EVALUATIONS: Final = 1000
 
 
 class Outcome(Protocol):

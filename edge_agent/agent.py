@@ -28,7 +28,7 @@ from edge_agent.plan_session import StepFailed
 from edge_agent.settings import AgentSettings
 from fedtide.wire import frame, topics
 from fedtide.wire.chunks import chunk_bytes, update_chunks
-from fedtide.wire.errors import WireError
+from fedtide.wire.errors import UnknownCodec, WireError
 from fedtide.wire.link import Connection, Dial, LinkDown, PublishRefused
 from fedtide.wire.messages import Head, MissingChunks, Reason, Receipt, TrainingEvent, Verdict
 from fedtide.wire.plan import Plan, PlanManifest
@@ -39,7 +39,9 @@ log = logging.getLogger(__name__)
 _LONGEST_RECEIPT_WAIT_S: Final = 120.0
 _REPORT_EVERY_S: Final = 5.0  # every update carries its loss anyway; a fast device need not say it twice
 _AFTER_FETCH_TROUBLE_S: Final = 1.0
-_AFTER_TRAINING_TROUBLE_S: Final = 30.0
+_AFTER_LASTING_TROUBLE_S: Final = 30.0
+_LASTING_TROUBLE: Final = (PlanRefused, DataError, TrainingDiverged, StepFailed, UnknownCodec, ValueError)
+"""What will most likely be the same the next time; a person, or a newer head, has to change something."""
 
 
 @dataclass(frozen=True)
@@ -135,10 +137,12 @@ class Agent:
                 await self._train_on(await self._model_to_train_on())
             except LinkDown:
                 continue  # the mailbox is dialling
-            except (FetchFailed, WrongModel, WireError, PublishRefused) as error:
+            except PublishRefused as error:
+                await self._rest_after("publish.refused", error, _AFTER_LASTING_TROUBLE_S)
+            except _LASTING_TROUBLE as error:
+                await self._rest_after("training.failed", error, _AFTER_LASTING_TROUBLE_S)
+            except (FetchFailed, WrongModel, WireError) as error:
                 await self._rest_after("fetch.failed", error, _AFTER_FETCH_TROUBLE_S)
-            except (PlanRefused, DataError, TrainingDiverged, StepFailed, ValueError) as error:
-                await self._rest_after("training.failed", error, _AFTER_TRAINING_TROUBLE_S)
 
     async def _rest_after(self, event: str, error: Exception, longest_s: float) -> None:
         log.error("%s: %s", self._settings.device, error, extra={"event": event})

@@ -53,7 +53,7 @@ def world(tmp_path: Path) -> World:
 def no_long_rests(monkeypatch: pytest.MonkeyPatch) -> None:
     """After trouble an agent rests for seconds; here, for milliseconds."""
     monkeypatch.setattr(agent_module, "_AFTER_FETCH_TROUBLE_S", 0.002)
-    monkeypatch.setattr(agent_module, "_AFTER_TRAINING_TROUBLE_S", 0.002)
+    monkeypatch.setattr(agent_module, "_AFTER_LASTING_TROUBLE_S", 0.002)
     monkeypatch.setattr(fetch, "_SILENCE_S", 0.05)
 
 

@@ -29,6 +29,9 @@ class StatusCollector(Collector):
         yield CounterMetricFamily(
             "fedtide_updates_received", "Updates that arrived.", status.updates.received
         )
+        yield CounterMetricFamily(
+            "fedtide_messages_ignored", "Presence and events that could not be read.", status.ignored_messages
+        )
         gauges = {
             "updates_waiting": (
                 "Updates that arrived and are not judged durably yet.",

@@ -94,7 +94,7 @@ class Reception:
                 device=device,
                 counter=partial.first.counter,
                 digest=partial.first.digest,
-                indexes=partial.missing()[:256],
+                indexes=partial.missing(),
             )
             await self._committer.send_down(connection, device, missing)
 

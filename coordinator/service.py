@@ -331,6 +331,7 @@ class CoordinatorService:
                 rejected={reason.value: count for reason, count in accounting.rejected.items()},
                 waiting=accounting.waiting,
             ),
+            ignored_messages=self._reception.view.malformed,
             staleness=dict(self.committer.staleness),
             evaluations=tuple(self._evaluations),
             parameters=self._plan.manifest.schema.size,

@@ -71,6 +71,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         buffered: updates in the buffer.
         goal: updates per version.
         updates: the accounting.
+        ignored_messages: presence and events that could not be read.
         staleness: how many applied updates had which staleness, in this run, by versions.
         evaluations: held-out results of this run, oldest first.
         parameters: number of parameters.
@@ -94,6 +95,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     buffered: int
     goal: int
     updates: Updates
+    ignored_messages: int
     staleness: dict[int, int]
     evaluations: tuple[EvaluationPoint, ...]
     parameters: int

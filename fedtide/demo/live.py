@@ -86,5 +86,5 @@ def _figures(status: Status, fleet: SimulatedFleet, history: list[Counted]) -> T
     return Text(
         f"{rate:.1f} updates/s  staleness {summarise_staleness(status.staleness).mean:.1f}"
         f"  up {megabytes(newest.traffic.uplink_bytes)}{saving}"
-        f"  down {megabytes(newest.traffic.downlink_bytes)}"
+        f"  down {megabytes(newest.traffic.downlink_bytes)} (models travel as float32)"
     )

@@ -152,7 +152,7 @@ def summary(report: Report) -> Table:
         "staleness": f"mean {staleness.mean:.1f} versions, p95 {staleness.p95}, max {staleness.max}",
         "bytes up": f"{megabytes(report.uplink_bytes)}, 1/{saving:.1f} of float32 "
         f"({report.codec}; MQTT headers counted)",
-        "bytes down": megabytes(report.downlink_bytes),
+        "bytes down": f"{megabytes(report.downlink_bytes)} (models travel as float32)",
         "slow devices": f"{100 * slow:.1f} % of the weight",
         "coordinator": f"{report.coordinator_cpu_seconds:.1f} CPU s, peak "
         f"{megabytes(report.coordinator_rss_bytes)}",

@@ -1,0 +1,100 @@
+"""The Prometheus endpoint, scraped over HTTP, and the operator's view of the same status."""
+
+import io
+import urllib.request
+
+import pytest
+from rich.console import Console
+
+from broker_config.local import free_port
+from coordinator.metrics import serve_metrics
+from coordinator.settings import Metrics
+from coordinator.status import DeviceStatus, EvaluationPoint, Status, Updates, read, write
+from fedtide.status_view import fleet_view
+
+
+def device(name, *, online, applied, share):
+    return DeviceStatus(
+        device=name, online=online, model_version=6, applied=applied, rejected=1, mean_staleness=1.5,
+        weight_share=share, last_rejection="too-stale", loss=0.25,
+    )  # fmt: skip
+
+
+def evaluation(version, metric, loss=0.5):
+    return EvaluationPoint(version=version, seconds=1.0, updates=1, loss=loss, metric=metric)
+
+
+@pytest.fixture
+def status():
+    return Status(
+        fleet="pumps", plan="0" * 32, epoch=3, state="running", stop_reason=None, moment=1000.0, seconds=60.0,
+        connected=True, mqtt_version="5", version=7, published_version=6, buffered=2, goal=10,
+        updates=Updates(received=14, applied=9, duplicate=1, rejected={"bad-signature": 2, "too-stale": 1},
+                        waiting=1),
+        ignored_messages=4, staleness={0: 5, 1: 4},
+        evaluations=(evaluation(1, 0.5), evaluation(7, 0.875)), parameters=100, metric="accuracy",
+        devices=(device("pump-1", online=True, applied=6, share=0.75),
+                 device("pump-2", online=False, applied=3, share=0.25)),
+        cpu_seconds=1.0, rss_bytes=1,
+    )  # fmt: skip
+
+
+def scrape(status):
+    port = free_port()
+    stop = serve_metrics(Metrics(port=port), lambda: status)
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+            lines = answer.read().decode().splitlines()
+    finally:
+        stop()
+    return dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+
+
+def test_every_reason_of_a_rejection_is_a_metric(status):
+    metrics = scrape(status)
+    assert metrics['fedtide_updates_total{reason="bad-signature",verdict="rejected"}'] == "2.0"
+    assert metrics['fedtide_updates_total{reason="too-stale",verdict="rejected"}'] == "1.0"
+    assert metrics['fedtide_updates_total{reason="",verdict="applied"}'] == "9.0"
+
+
+def test_the_metrics_balance_like_the_accounting(status):
+    metrics = scrape(status)
+    judged = sum(float(value) for name, value in metrics.items() if name.startswith("fedtide_updates_total"))
+    waiting = float(metrics["fedtide_updates_waiting"])
+    assert float(metrics["fedtide_updates_received_total"]) == judged + waiting == 14
+
+
+def test_devices_versions_and_evaluation_are_metrics(status):
+    metrics = scrape(status)
+    shown = ("devices_online", "devices_enrolled", "model_version", "published_version", "evaluation_metric")
+    assert [metrics[f"fedtide_{name}"] for name in shown] == ["1.0", "2.0", "7.0", "6.0", "0.875"]
+    assert metrics["fedtide_messages_ignored_total"] == "4.0"
+
+
+def test_a_status_comes_back_from_its_file(status, tmp_path):
+    write(tmp_path / "status.json", status)
+    assert read(tmp_path / "status.json") == status
+
+
+def shown(status, now):
+    console = Console(file=io.StringIO(), width=140)
+    console.print(fleet_view(status, now))
+    return console.file.getvalue()
+
+
+def test_an_operator_sees_versions_accounting_and_who_is_away(status):
+    text = shown(status, 1001.0)
+    assert "version 7 (published 6)" in text
+    assert (
+        "received 14 = applied 9 + duplicate 1 + rejected 3 (bad-signature 2, too-stale 1) + waiting 1"
+        in text
+    )
+    assert "accuracy 0.8750" in text
+    assert [line.split()[:2] for line in text.splitlines() if line.startswith("pump-")] == [
+        ["pump-1", "online"],
+        ["pump-2", "away"],
+    ]
+
+
+def test_a_coordinator_that_stopped_writing_its_status_is_not_shown_as_running(status):
+    assert "silent for 60 s" in shown(status, 1060.0)

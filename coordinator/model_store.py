@@ -25,6 +25,7 @@ from fedtide.wire.parameters import Schema, Vector
 
 _KEPT_SNAPSHOTS: Final = 2
 _OPTIMIZER: Final = "optimizer."
+_RECENT_BYTES: Final = 64 << 20  # of published versions stay in memory, but at least two versions
 
 
 class ModelStore:
@@ -60,9 +61,11 @@ class ModelStore:
         Raises:
             FileNotFoundError: it is not kept.
         """
-        if version not in self._recent:
-            self._remember(version, self._schema.flatten(load_tensors(self._file(version).read_bytes())))
-        return self._recent[version]
+        parameters = self._recent.get(version)
+        if parameters is None:
+            parameters = self._schema.flatten(load_tensors(self._file(version).read_bytes()))
+            self._remember(version, parameters)  # which may let go of it at once: it may be the oldest
+        return parameters
 
     def _remember(self, version: ModelVersion, parameters: Vector) -> None:
         self._recent[version] = parameters
@@ -75,8 +78,8 @@ class ModelStore:
 
 
 def _recent_versions(parameters: Vector) -> int:
-    """How many versions stay in memory: 64 MB of them, at least 2."""
-    return max(2, (64 << 20) // max(1, parameters.nbytes))
+    """How many versions stay in memory."""
+    return max(2, _RECENT_BYTES // max(1, parameters.nbytes))
 
 
 class SnapshotStore:

@@ -14,7 +14,7 @@ from coordinator.plan.build import build
 from coordinator.plan.file import BuiltPlan, load, save
 from coordinator.plan.task import Task
 from edge_agent.dataset import Dataset
-from fedtide.wire.plan import Training
+from fedtide.wire.training import Training
 
 CLASSES = 10
 FEWEST_EXAMPLES = 10

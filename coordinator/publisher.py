@@ -156,7 +156,7 @@ class Publisher:
             full_blob=model,
             update_codec=CodecRequest(id=update.codec, parameters=update.codec_parameters),
             training=self.training,
-            released_version=self.released,
+            release=None,
             issued=now,
             expires=now + self._settings.publish.head_lifetime_s,
         )

@@ -29,7 +29,8 @@ from edge_agent.plan_session import (
 )
 from edge_agent.plan_step import State, StepDeadlineExceeded, Stepper, Watchdog
 from fedtide.wire.parameters import Vector
-from fedtide.wire.plan import Plan, Training
+from fedtide.wire.plan import Plan
+from fedtide.wire.training import Training
 
 __all__ = [
     "Dataset",

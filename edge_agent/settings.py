@@ -11,8 +11,8 @@ from fedtide.wire import ids
 from fedtide.wire.errors import MalformedId
 from fedtide.wire.ids import DeviceId, FleetId
 from fedtide.wire.link import Broker
-from fedtide.wire.plan import Training
 from fedtide.wire.signatures import PublicKey
+from fedtide.wire.training import Training
 
 Positive = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1)]

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from coordinator.plan.rejection import PlanRejected
-from fedtide.wire.plan import Training
+from fedtide.wire.training import Training
 
 LossFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """``(model output, targets) -> scalar``: the mean over the batch's examples."""

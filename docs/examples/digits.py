@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from coordinator.plan.task import Task
-from fedtide.wire.plan import Training
+from fedtide.wire.training import Training
 
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))

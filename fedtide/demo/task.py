@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from coordinator.plan.task import Task
-from fedtide.wire.plan import Training
+from fedtide.wire.training import Training
 
 
 def task(seed: int, local_epochs: int = 4) -> Task:

@@ -4,7 +4,7 @@ Messages are frozen structs. Unknown fields pass, so that an old coordinator sur
 unknown version is refused with a reason. Correctness never depends on MQTT 5 properties, only on these bytes.
 """
 
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, get_args
 
 import msgpack
 import msgspec
@@ -61,6 +61,21 @@ def from_builtins(value: Any, kind: type[M]) -> M:
         return msgspec.convert(value, kind, strict=True, builtin_types=(bytes,))
     except (msgspec.ValidationError, RecursionError) as error:
         raise MalformedFrame(f"not a {kind.__name__}: {error}") from error
+
+
+def unpack_any(packed: bytes | memoryview, kinds: Any) -> Message:
+    """Decode one message of a union of tagged ones.
+
+    Raises:
+        MalformedFrame: as :func:`unpack`; for an unknown tag the text names the known kinds.
+    """
+    value = unpack_builtins(packed)
+    try:
+        message: Message = msgspec.convert(value, kinds, strict=True, builtin_types=(bytes,))
+    except (msgspec.ValidationError, RecursionError) as error:
+        names = ", ".join(kind.__name__ for kind in get_args(kinds))
+        raise MalformedFrame(f"none of {names}: {error}") from error
+    return message
 
 
 def unpack_byte_strings(packed: bytes | memoryview, shape: type[P]) -> P:

@@ -6,7 +6,7 @@ model/head   Head                                           coordinator
 dn/{device}  Receipt, MissingChunks, Resync (a tagged map)  coordinator
 up/{s}/{d}   UpdateChunk of a signed envelope               device (the envelope)
 st/{device}  Presence                                       -
-ev/{device}  TrainingEvent                                  -
+ev/{device}  TrainingEvent, EvaluationEvent, Trouble        -
 """
 
 from enum import StrEnum
@@ -47,6 +47,20 @@ class CodecRequest(Message, frozen=True, kw_only=True):
     parameters: dict[str, float] = {}
 
 
+class Release(Message, frozen=True, kw_only=True):
+    """The model version for inference: the newest that passed the evaluation gate.
+
+    Attributes:
+        version: which.
+        parameters_sha256: fingerprint of its parameters.
+        blob: all its parameters, as in ``Head.full_blob``; retained as long as it is the release.
+    """
+
+    version: ModelVersion
+    parameters_sha256: bytes
+    blob: BlobRef
+
+
 class Head(Message, frozen=True, kw_only=True):
     """The signed manifest of the published model version: everything a device needs to fetch and verify it.
 
@@ -62,7 +76,7 @@ class Head(Message, frozen=True, kw_only=True):
         deltas: from recent versions; empty where the full blob is as small.
         update_codec: what updates shall be encoded with.
         training: whether devices shall train; False when the run has stopped.
-        released_version: the newest version that passed the evaluation gate, or None.
+        release: the version for inference, or None while none has passed the gate.
         issued: seconds since 1970, advisory.
         expires: after this a device with a working clock reports a stale head.
     """
@@ -78,7 +92,7 @@ class Head(Message, frozen=True, kw_only=True):
     deltas: tuple[ModelDelta, ...] = ()
     update_codec: CodecRequest
     training: bool
-    released_version: ModelVersion | None = None
+    release: Release | None = None
     issued: float
     expires: float
 
@@ -225,7 +239,7 @@ class Presence(Message, frozen=True, kw_only=True):
     sent: float = 0.0
 
 
-class TrainingEvent(Message, frozen=True, kw_only=True):
+class TrainingEvent(Message, frozen=True, kw_only=True, tag_field="kind", tag="training"):
     """What one local training run saw. At most once: metrics may be lost.
 
     Attributes:
@@ -243,3 +257,37 @@ class TrainingEvent(Message, frozen=True, kw_only=True):
     seconds: float
     loss: float
     metric: float | None = None
+
+
+class EvaluationEvent(Message, frozen=True, kw_only=True, tag_field="kind", tag="evaluation"):
+    """How a model version does on the examples that a device holds out. At most once.
+
+    Attributes:
+        version: evaluated, before any local training.
+        num_examples: held out.
+        loss: mean over them.
+        metric: the plan's metric, mean over them.
+    """
+
+    version: ModelVersion
+    num_examples: int
+    loss: float
+    metric: float | None = None
+
+
+class Trouble(Message, frozen=True, kw_only=True, tag_field="kind", tag="trouble"):
+    """Why a device does not train. At most once.
+
+    Attributes:
+        event: one word for machines, as in the device's own log: ``training.failed``, ``fetch.failed`` …
+        detail: one sentence for people.
+        version: the model version it concerns, or None.
+    """
+
+    event: str
+    detail: str
+    version: ModelVersion | None = None
+
+
+DeviceEvent = TrainingEvent | EvaluationEvent | Trouble
+"""What a device says on its ``ev`` topic."""

@@ -7,7 +7,7 @@ import hashlib
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final
+from typing import Final, Literal
 
 import msgpack
 
@@ -17,6 +17,7 @@ from fedtide.wire.frame import Message
 from fedtide.wire.ids import PlanId, plan_id
 from fedtide.wire.parameters import Schema, TensorSpec
 from fedtide.wire.signatures import PLAN_DOMAIN, PublicKey, SigningKey
+from fedtide.wire.training import Training
 
 MAX_PLAN_BYTES: Final = 1 << 20
 """A plan is 1 to 10 KB compressed, recurrent ones up to 64 KB; a megabyte leaves room and bounds memory."""
@@ -41,21 +42,16 @@ PLAN_OPERATORS: Final = frozenset(
 ever), no functions, no other domain. One added here may be used once the devices are updated."""
 
 
-class Training(Message, frozen=True, kw_only=True):
-    """How a device trains on one model version; the owner of the device may override each value."""
-
-    local_epochs: int = 1
-    batch_size: int = 32
-    learning_rate: float = 0.1
-    max_steps: int | None = None
-    """At most this many optimizer steps per update; None: no limit beyond the epochs."""
-
-
 class Limits(Message, frozen=True, kw_only=True):
-    """What one plan may take on a device."""
+    """What one plan may take on a device.
+
+    Attributes:
+        step_deadline_s: wall seconds one step may take before it is stopped and reported.
+        memory_bytes: working memory of the graphs, beyond which a step is stopped and reported.
+    """
 
     step_deadline_s: float = 30.0
-    """Wall seconds one step may take before it is stopped and reported."""
+    memory_bytes: int = 256 << 20
 
 
 class Verified(Message, frozen=True, kw_only=True):
@@ -95,6 +91,13 @@ class PlanManifest(Message, frozen=True, kw_only=True):
         operators: the ONNX operators used by both graphs.
         training: how devices train.
         limits: what it may take.
+        buffers: ``averaged``: float buffers (batch normalisation's statistics) are aggregated like
+            parameters; ``local``: each device keeps its own, which start from the schema's initial values
+            and never leave it (Li et al., FedBN, ICLR 2021).
+        proximal_input: name of the train graph's scalar float32 input for FedProx's μ, or None. With it, the
+            graph takes ``a.<name>`` for every parameter ``p.<name>``: where local training started.
+        class_weights: the train graph's float32 input of one weight per class, or None.
+        clip_norm: the norm to which a step's gradients are clipped in the graph, or None.
         verified: the evidence it was accepted on.
         train_sha256: of the train graph's bytes.
         evaluation_sha256: of the evaluation graph's bytes.
@@ -119,6 +122,10 @@ class PlanManifest(Message, frozen=True, kw_only=True):
     operators: tuple[str, ...]
     training: Training
     limits: Limits
+    buffers: Literal["averaged", "local"] = "averaged"
+    proximal_input: str | None = None
+    class_weights: TensorSpec | None = None
+    clip_norm: float | None = None
     verified: Verified
     train_sha256: bytes
     evaluation_sha256: bytes

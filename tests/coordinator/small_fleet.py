@@ -21,8 +21,9 @@ from fedtide.wire.chunks import MAX_CHUNK_BYTES, update_chunks
 from fedtide.wire.envelope import UpdateHeader, open_update, seal_update
 from fedtide.wire.ids import DeviceId, FleetId, ModelVersion
 from fedtide.wire.parameters import Schema, TensorSpec, fingerprint
-from fedtide.wire.plan import Limits, Plan, PlanManifest, Training, Verified
+from fedtide.wire.plan import Limits, Plan, PlanManifest, Verified
 from fedtide.wire.signatures import SigningKey
+from fedtide.wire.training import Training
 
 FLEET = FleetId("pumps")
 DEVICES = tuple(DeviceId(f"pump-{number}") for number in range(4))

@@ -38,9 +38,10 @@ from fedtide.wire.messages import (
     Verdict,
 )
 from fedtide.wire.parameters import Schema, TensorSpec, Vector, fingerprint, to_bytes
-from fedtide.wire.plan import Limits, Plan, PlanManifest, Training, Verified, seal_plan
+from fedtide.wire.plan import Limits, Plan, PlanManifest, Verified, seal_plan
 from fedtide.wire.seal import seal
 from fedtide.wire.signatures import COORDINATOR_DOMAIN, DOWN_DOMAIN, HEAD_DOMAIN, SigningKey
+from fedtide.wire.training import Training
 
 COORDINATOR_KEY: Final = SigningKey.from_seed(bytes(range(32)))
 DEVICE_KEY: Final = SigningKey.from_seed(bytes(range(32, 64)))

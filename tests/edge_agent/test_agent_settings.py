@@ -5,8 +5,8 @@ from agent_world import COORDINATOR_KEY
 
 from edge_agent.data_sources import Csv
 from edge_agent.settings import AgentSettings, LocalTraining
-from fedtide.wire.plan import Training
 from fedtide.wire.settings import SettingsError, parse
+from fedtide.wire.training import Training
 
 MINIMAL = f"""
 fleet = "pumps"

@@ -23,7 +23,7 @@ def _build_plan(path):
     from coordinator.plan.build import build  # noqa: PLC0415
     from coordinator.plan.file import save  # noqa: PLC0415
     from coordinator.plan.task import Task  # noqa: PLC0415
-    from fedtide.wire.plan import Training  # noqa: PLC0415
+    from fedtide.wire.training import Training  # noqa: PLC0415
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

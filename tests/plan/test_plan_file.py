@@ -79,7 +79,7 @@ DEVICE = textwrap.dedent(
     from coordinator.plan.file import load
     from edge_agent.dataset import Dataset
     from edge_agent.plan_runtime import Evaluator, Trainer
-    from fedtide.wire.plan import Training
+    from fedtide.wire.training import Training
 
     built = load(Path(sys.argv[1]))
     rng = np.random.default_rng(0)

@@ -11,7 +11,7 @@ from coordinator.plan.rejection import PlanRejected
 from coordinator.plan.verify import verify
 from edge_agent.dataset import Dataset
 from edge_agent.plan_runtime import Trainer
-from fedtide.wire.plan import Training
+from fedtide.wire.training import Training
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "autoencoder"])

@@ -7,7 +7,8 @@ import pytest
 from edge_agent.dataset import Dataset
 from edge_agent.plan_guard import PlanRefused
 from edge_agent.plan_runtime import Evaluator, StepDeadlineExceeded, StepFailed, Trainer
-from fedtide.wire.plan import Limits, Plan, Training
+from fedtide.wire.plan import Limits, Plan
+from fedtide.wire.training import Training
 
 ONE_EPOCH = Training(local_epochs=1, batch_size=32, learning_rate=0.1)
 

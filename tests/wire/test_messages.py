@@ -7,7 +7,7 @@ hold them: a test that fails here is a change of the protocol, not a file to be 
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, get_args
 
 import msgpack
 import msgspec
@@ -15,6 +15,8 @@ import pytest
 from wire_samples import (
     COORDINATOR_KEY,
     DEVICE_KEY,
+    EVALUATION,
+    EVENT,
     HEAD,
     HEADER,
     MESSAGES,
@@ -23,6 +25,7 @@ from wire_samples import (
     RECEIPT,
     RESYNC,
     STATE,
+    TROUBLE,
     sample_plan,
 )
 
@@ -30,13 +33,14 @@ from fedtide.wire import frame
 from fedtide.wire.envelope import open_update, seal_update
 from fedtide.wire.errors import FrameTooLarge, MalformedFrame, UnsupportedVersion
 from fedtide.wire.frame import Message
-from fedtide.wire.messages import DownMessage, Head
+from fedtide.wire.messages import DeviceEvent, DownMessage, Head
 from fedtide.wire.plan import open_plan
 from fedtide.wire.seal import seal, unseal, unseal_any
 from fedtide.wire.signatures import COORDINATOR_DOMAIN, DOWN_DOMAIN, HEAD_DOMAIN
+from fedtide.wire.training import Schedule
 
 GOLDEN: Final = Path(__file__).parent.parent / "golden" / "messages"
-_MODULES: Final = ("messages", "envelope", "plan", "parameters")
+_MODULES: Final = ("messages", "envelope", "plan", "parameters", "training")
 
 every_message = pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
 
@@ -95,7 +99,8 @@ def test_every_kind_of_message_has_a_sample() -> None:
     for name in _MODULES:
         importlib.import_module(f"fedtide.wire.{name}")
     kinds = {kind for kind in kinds_below(Message) if kind.__module__.startswith("fedtide.wire.")}
-    assert kinds_inside(MESSAGES) == kinds
+    # One manifest has one schedule; test_training.py has them all.
+    assert kinds_inside(MESSAGES) | set(get_args(Schedule)) == kinds
 
 
 @every_message
@@ -208,3 +213,13 @@ def test_newer_heads_compare_greater_by_epoch_and_then_by_version() -> None:
     assert orders == sorted(orders)
     assert isinstance(HEAD, Head)
     assert HEAD.order == (3, 41)
+
+
+@pytest.mark.parametrize("message", [EVENT, EVALUATION, TROUBLE], ids=lambda each: type(each).__name__)
+def test_what_a_device_says_is_told_apart_by_its_tag(message: Message) -> None:
+    assert frame.unpack_any(golden(type(message).__name__)[1:], DeviceEvent) == message
+
+
+def test_an_unknown_tag_names_the_known_kinds() -> None:
+    with pytest.raises(MalformedFrame, match="none of TrainingEvent, EvaluationEvent, Trouble"):
+        frame.unpack_any(msgpack.packb({"kind": "gossip"}), DeviceEvent)

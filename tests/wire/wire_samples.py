@@ -10,20 +10,24 @@ from fedtide.wire.ids import Counter, DeviceId, Epoch, FleetId, ModelVersion, Pl
 from fedtide.wire.messages import (
     CodecRequest,
     CoordinatorState,
+    EvaluationEvent,
     Head,
     MissingChunks,
     ModelDelta,
     Presence,
     Reason,
     Receipt,
+    Release,
     Resync,
     TrainingEvent,
+    Trouble,
     UpdateChunk,
     Verdict,
 )
 from fedtide.wire.parameters import Schema, TensorSpec
-from fedtide.wire.plan import Limits, Plan, PlanManifest, Training, Verified
+from fedtide.wire.plan import Limits, Plan, PlanManifest, Verified
 from fedtide.wire.signatures import SigningKey
+from fedtide.wire.training import Cosine, Training
 
 COORDINATOR_KEY: Final = SigningKey.from_seed(bytes(range(32)))
 DEVICE_KEY: Final = SigningKey.from_seed(bytes(range(32, 64)))
@@ -45,7 +49,9 @@ HEAD: Final = Head(
     deltas=(ModelDelta(from_version=ModelVersion(39), blob=blob_ref(b"a delta", 4)),),
     update_codec=CodecRequest(id="q8", parameters={"block": 256.0}),
     training=True,
-    released_version=ModelVersion(38),
+    release=Release(
+        version=ModelVersion(38), parameters_sha256=b"r" * 32, blob=blob_ref(b"released parameters", 4)
+    ),
     issued=1_700_000_000.5,
     expires=1_700_086_400.5,
 )
@@ -79,6 +85,10 @@ PRESENCE: Final = Presence(
 )
 EVENT: Final = TrainingEvent(
     version=ModelVersion(41), num_examples=600, steps=19, seconds=2.5, loss=0.75, metric=0.875
+)
+EVALUATION: Final = EvaluationEvent(version=ModelVersion(41), num_examples=60, loss=0.5, metric=0.9375)
+TROUBLE: Final = Trouble(
+    event="training.failed", detail="a step took longer than 30 s", version=ModelVersion(41)
 )
 HEADER: Final = UpdateHeader(
     fleet=FLEET,
@@ -121,8 +131,23 @@ MANIFEST: Final = PlanManifest(
     metric="accuracy",
     optimizer="SGD",
     operators=("Add", "MatMul"),
-    training=Training(local_epochs=2, batch_size=16, learning_rate=0.25, max_steps=100),
-    limits=Limits(step_deadline_s=5.0),
+    training=Training(
+        local_epochs=2,
+        batch_size=16,
+        learning_rate=0.25,
+        schedule=Cosine(versions=300, floor=0.125),
+        max_steps=100,
+        max_seconds=2.5,
+        optimizer_state="keep",
+        proximal=0.5,
+        class_weights="balanced",
+        evaluation_share=0.25,
+    ),
+    limits=Limits(step_deadline_s=5.0, memory_bytes=1 << 20),
+    buffers="local",
+    proximal_input="mu",
+    class_weights=TensorSpec(name="class_weights", dtype="float32", shape=(3,)),
+    clip_norm=1.0,
     verified=Verified(
         steps=3, median_gradient_error=1e-7, max_gradient_error=2e-7, torch_float32_max_error=1e-7
     ),
@@ -139,6 +164,8 @@ MESSAGES: Final[tuple[Message, ...]] = (
     RESYNC,
     PRESENCE,
     EVENT,
+    EVALUATION,
+    TROUBLE,
     HEADER,
     MANIFEST,
 )

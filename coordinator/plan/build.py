@@ -2,42 +2,57 @@
 
 import hashlib
 import zlib
+from collections.abc import Callable
 from typing import Final
 
 import onnx
 import torch
 from torch import Tensor
 
+from coordinator.plan import place
 from coordinator.plan.export import MIN_ONNXRUNTIME, OPSET, operators
 from coordinator.plan.file import BuiltPlan
 from coordinator.plan.graphs import Graphs, export_graphs
 from coordinator.plan.rejection import PlanRejected
 from coordinator.plan.task import Task
-from coordinator.plan.train_graph import LEARNING_RATE
+from coordinator.plan.train_graph import CLASS_WEIGHTS, LEARNING_RATE, PROXIMAL, proximal_inputs
 from coordinator.plan.verify import verify
 from fedtide.wire.parameters import Schema, TensorSpec
 from fedtide.wire.plan import (
     MAX_GRAPH_BYTES,
     MAX_PLAN_BYTES,
     PLAN_OPERATORS,
-    Limits,
     Plan,
     PlanManifest,
     Verified,
 )
 
 MANIFEST_FORMAT: Final = 1
+MAX_MODEL_BYTES: Final = 64 << 20
+"""What edge agents accept unless their settings say otherwise (``edge_agent.settings``)."""
+_SHOWN: Final = 3
 
 
-def build(task: Task) -> BuiltPlan:
+def build(
+    task: Task, progress: Callable[[str], None] = lambda _stage: None, max_model_bytes: int = MAX_MODEL_BYTES
+) -> BuiltPlan:
     """Turn a task into a plan that computes the same gradients as torch.
 
-    Takes 3 to 30 CPU seconds, minutes for recurrent models. The task's model and optimizer stay as they are.
+    Takes 3 to 30 CPU seconds. The task's model and optimizer stay as they are.
+
+    Args:
+        task: the model and how to train it.
+        progress: told what begins, for example ``exporting the training step``.
+        max_model_bytes: what the fleet's devices accept as one version of the model.
 
     Raises:
-        PlanRejected: the task cannot become a plan, or the plan disagrees with torch; the text says why.
+        PlanRejected: the task cannot become a plan, or the plan disagrees with torch; the text says where in
+            the owner's code, why, and what to write instead.
     """
-    return assemble(task, export_graphs(task))
+    _check_model_size(task, max_model_bytes)
+    graphs = export_graphs(task, progress)
+    progress("checking 20 steps against float64 torch")
+    return assemble(task, graphs)
 
 
 def assemble(task: Task, graphs: Graphs) -> BuiltPlan:
@@ -47,13 +62,13 @@ def assemble(task: Task, graphs: Graphs) -> BuiltPlan:
         PlanRejected: devices would refuse the graphs, or they disagree with torch.
     """
     _check_operators(graphs)
-    _check_inputs(graphs)
+    _check_inputs(task, graphs)
     manifest = _manifest(task, graphs, verify(task, graphs))
     _check_evaluation_state(manifest)
     plan = Plan(
         manifest, graphs.train.shipped.SerializeToString(), graphs.evaluation.model.SerializeToString()
     )
-    _check_size(plan)
+    _check_size(plan, graphs)
     joint = graphs.joint
     initial = {
         **{f"p.{name}": value.numpy() for name, value in joint.parameters.items()},
@@ -84,6 +99,9 @@ def _manifest(task: Task, graphs: Graphs, evidence: Verified) -> PlanManifest:
     averaged = [_specification(name, value) for name, value in buffers.items() if _is_averaged(value)]
     counters = [_specification(name, value) for name, value in buffers.items() if not _is_averaged(value)]
     targets, metric = task.example[1], task.metric
+    class_weights = None
+    if task.class_weights is not None:
+        class_weights = TensorSpec(name=CLASS_WEIGHTS, dtype="float32", shape=(task.class_weights,))
     return PlanManifest(
         format=MANIFEST_FORMAT,
         name=task.name,
@@ -103,7 +121,11 @@ def _manifest(task: Task, graphs: Graphs, evidence: Verified) -> PlanManifest:
         optimizer=graphs.recipe.kind.__name__,
         operators=operators(train, evaluation),
         training=task.device_training,
-        limits=Limits(),
+        limits=task.limits,
+        buffers=task.buffers,
+        proximal_input=PROXIMAL if task.proximal else None,
+        class_weights=class_weights,
+        clip_norm=task.clip_norm,
         verified=evidence,
         train_sha256=hashlib.sha256(train.SerializeToString()).digest(),
         evaluation_sha256=hashlib.sha256(evaluation.SerializeToString()).digest(),
@@ -117,7 +139,7 @@ def _check_operators(graphs: Graphs) -> None:
         )
 
 
-def _check_inputs(graphs: Graphs) -> None:
+def _check_inputs(task: Task, graphs: Graphs) -> None:
     """A missing input means that the exporter found it unused; a device would then feed what nobody takes."""
     present = {value.name for value in graphs.train.shipped.graph.input}
     wanted = {
@@ -126,7 +148,15 @@ def _check_inputs(graphs: Graphs) -> None:
         *(f"o.{name}" for name in graphs.recipe.state),
         *graphs.tensor_names,
         LEARNING_RATE,
+        *proximal_inputs(task, graphs.joint),
     }
+    taken = {name for node in graphs.train.shipped.graph.node for name in node.input}
+    if CLASS_WEIGHTS in wanted - taken:
+        raise PlanRejected(
+            "The loss ignores its third argument, the class weights; write for example "
+            "torch.nn.functional.cross_entropy(output, targets, weight=class_weights).",
+            place.of_function(task.loss),
+        )
     if present != wanted:
         raise PlanRejected(f"The exported graph has other inputs than the step: {sorted(present ^ wanted)}.")
 
@@ -140,12 +170,34 @@ def _check_evaluation_state(manifest: PlanManifest) -> None:
         )
 
 
-def _check_size(plan: Plan) -> None:
-    """Manifest and signature get a quarter of what devices accept, the graphs the rest."""
-    graphs = (plan.train, plan.evaluation)
-    packed, most = sum(len(zlib.compress(graph, 9)) for graph in graphs), MAX_PLAN_BYTES * 3 // 4
-    if packed > most or max(map(len, graphs)) > MAX_GRAPH_BYTES:
+def _check_model_size(task: Task, most: int) -> None:
+    """Before anything slow: one version of the model is its parameters, 4 bytes each, and statistics."""
+    sizes = {name: parameter.nbytes for name, parameter in task.model.named_parameters()}
+    if (total := sum(sizes.values())) > most:
         raise PlanRejected(
-            f"The graphs have {packed:,} bytes compressed, and devices accept {most:,}; make the model "
-            "smaller, shorten its sequences, or train what is now constant in it."
+            f"The model has {total:,} bytes of parameters and devices accept {most:,}; the largest are "
+            f"{_largest(sizes)}. Make those layers smaller, or raise max_model_bytes in the agents' settings "
+            "and build with --max-model-bytes."
         )
+
+
+def _check_size(plan: Plan, graphs: Graphs) -> None:
+    """Manifest and signature get a quarter of what devices accept, the graphs the rest."""
+    shipped = (plan.train, plan.evaluation)
+    packed, most = sum(len(zlib.compress(graph, 9)) for graph in shipped), MAX_PLAN_BYTES * 3 // 4
+    if packed <= most and max(map(len, shipped)) <= MAX_GRAPH_BYTES:
+        return
+    constants = {name: value.nbytes for name, value in graphs.joint.constants.items()}
+    advice = (
+        f"its largest constants are {_largest(constants)}: make them float32 buffers or frozen parameters of "
+        "the model, which then travel with it, or smaller"
+        if sum(constants.values()) > most // 2
+        else "make the model shallower or shorten its sequences"
+    )
+    raise PlanRejected(f"The graphs have {packed:,} bytes compressed, and devices accept {most:,}; {advice}.")
+
+
+def _largest(sizes: dict[str, int]) -> str:
+    """The names and sizes of the largest tensors."""
+    largest = sorted(sizes.items(), key=lambda item: -item[1])[:_SHOWN]
+    return ", ".join(f"{name} ({size:,} bytes)" for name, size in largest)

@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.func import functional_call
 
 from coordinator.plan.export import to_onnx
-from coordinator.plan.joint_graph import JointGraph, LossModule, batch_axis, trained_copy
+from coordinator.plan.joint_graph import JointGraph, batch_axis
+from coordinator.plan.loss_module import LossModule, trained_copy
+from coordinator.plan.shared_parameters import untied
 from coordinator.plan.task import Task
 
 OUTPUT: Final = "out"
@@ -30,12 +32,18 @@ class EvaluationGraph:
 
 
 class _Evaluation(torch.nn.Module):
-    """``(parameters, buffers, tensors) -> (output, loss, metric)`` with everything else constant."""
+    """``(parameters, buffers, tensors) -> (output, loss, metric)`` with everything else constant.
 
-    def __init__(self, module: LossModule, joint: JointGraph) -> None:
+    Class weights are constant too: in evaluation each example counts the same.
+    """
+
+    def __init__(self, module: LossModule, joint: JointGraph, class_weights: tuple[Tensor, ...]) -> None:
         super().__init__()
         self.module = module
         self.names = [*joint.parameters, *joint.buffers]
+        self.weighted = bool(class_weights)
+        if class_weights:
+            self.register_buffer("class_weights", class_weights[0])
 
     def forward(
         self, parameters: tuple[Tensor, ...], buffers: tuple[Tensor, ...], tensors: tuple[Tensor, ...]
@@ -45,7 +53,8 @@ class _Evaluation(torch.nn.Module):
             f"inner.model.{name}": value
             for name, value in zip(self.names, (*parameters, *buffers), strict=True)
         }
-        results: tuple[Tensor, ...] = functional_call(_Outputs(self.module), values, (tensors,))
+        arguments = (*tensors, self.get_buffer("class_weights")) if self.weighted else tensors
+        results: tuple[Tensor, ...] = functional_call(_Outputs(self.module), values, (arguments,))
         return results
 
 
@@ -67,7 +76,7 @@ def export_evaluation_graph(task: Task, joint: JointGraph, tensor_names: list[st
     Raises:
         PlanRejected: see :func:`coordinator.plan.export.to_onnx`.
     """
-    model = trained_copy(task).eval()
+    model = untied(trained_copy(task)).eval()
     state = {
         **{f"p.{name}": value for name, value in joint.parameters.items()},
         **{f"b.{name}": value for name, value in joint.buffers.items()},
@@ -75,9 +84,9 @@ def export_evaluation_graph(task: Task, joint: JointGraph, tensor_names: list[st
     parameters, buffers = tuple(joint.parameters.values()), tuple(joint.buffers.values())
     metric = ["metric"] if task.metric else []
     graph = to_onnx(
-        _Evaluation(LossModule(model, task), joint),
+        _Evaluation(LossModule(model, task), joint, task.loss_arguments[len(task.tensors) :]),
         (parameters, buffers, task.tensors),
-        (tuple({} for _ in parameters), tuple({} for _ in buffers), batch_axis(task.tensors)),
+        (tuple({} for _ in parameters), tuple({} for _ in buffers), batch_axis(task)[: len(task.tensors)]),
         [*state, *tensor_names],
         [OUTPUT, "loss", *metric],
         decompose=True,

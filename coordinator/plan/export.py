@@ -1,8 +1,10 @@
 """From a torch function to a small ONNX graph that carries nothing but operators."""
 
 import contextlib
+import copy
+import functools
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import onnx
@@ -11,16 +13,20 @@ import onnx_ir.passes.common as passes
 import torch
 from onnx import ModelProto
 from onnxscript.optimizer import fold_constants_ir
+from onnxscript.version_converter import convert_version
 from torch._decomp import core_aten_decompositions
+from torch.onnx._internal.exporter._core import exported_program_to_ir  # tests/plan pins both signatures
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from coordinator.plan.joint_graph import quiet_export
+from coordinator.plan.recurrent_graph import RECURRENT_TRANSLATIONS
 from coordinator.plan.rejection import PlanRejected, explain
 
 OPSET: Final = 20
 MAX_FOLDED_ELEMENTS: Final = 8192
 """Constants up to this size are computed at build time; larger ones would make the plan larger."""
-MIN_ONNXRUNTIME: Final = "1.23"
-"""Opset 20 needs 1.17; older than 1.23 is not tested and checks external data less strictly."""
+MIN_ONNXRUNTIME: Final = "1.31"
+"""Opset 20 needs 1.17; older than 1.31 is not tested, and does not bound what constant folding takes."""
 
 
 def to_onnx(
@@ -44,23 +50,14 @@ def to_onnx(
         # The exporter prints its progress; people who build a plan did not ask for that.
         with quiet_export(), contextlib.redirect_stdout(io.StringIO()):
             program = torch.export.export(module, arguments, dynamic_shapes=dynamic_shapes, strict=False)
-            if decompose:
-                program = program.run_decompositions(core_aten_decompositions())
-            exported = torch.onnx.export(
-                program,
-                dynamo=True,
-                input_names=input_names,
-                output_names=output_names,
-                opset_version=OPSET,
-                optimize=False,
-                verbose=False,
-                external_data=False,
-            )
+            exported = exported_program_to_ir(program, registry=_core() if decompose else _translations())
     except Exception as error:
         raise explain(error, "write the graph") from error
-    assert exported is not None
-    _simplify(exported.model)
-    model = exported.model_proto
+    convert_version(exported, OPSET, fallback=True)
+    _name(exported.graph.inputs, input_names)
+    _name(exported.graph.outputs, output_names)
+    _simplify(exported)
+    model = onnx_ir.to_proto(exported)
     if model.functions:
         raise PlanRejected(
             f"The graph needs ONNX function {model.functions[0].name}, which devices do not run."
@@ -68,6 +65,33 @@ def to_onnx(
     _strip(model)
     _shorten_names(model)
     return model
+
+
+@functools.cache
+def _translations() -> ONNXRegistry:
+    """How torch's operators become ONNX's, and ours; ``torch.onnx.export`` would read them anew each time."""
+    registry = ONNXRegistry.from_torchlib(opset_version=OPSET)
+    for operator, translation in RECURRENT_TRANSLATIONS.items():
+        registry.register_op(operator, translation)
+    return registry
+
+
+@functools.cache
+def _core() -> ONNXRegistry:
+    """The same without the operators that torch can split: the exporter splits what has no translation."""
+    registry = copy.copy(_translations())
+    split = {operator.name() for operator in core_aten_decompositions()}
+    registry.functions = {
+        name: translation
+        for name, translation in registry.functions.items()
+        if name not in split or str(name).startswith("aten::sym_")  # sizes have rules, but are never split
+    }
+    return registry
+
+
+def _name(values: Sequence[onnx_ir.Value], names: list[str]) -> None:
+    for value, name in zip(values, names, strict=True):
+        value.name = name
 
 
 def _simplify(model: onnx_ir.Model) -> None:

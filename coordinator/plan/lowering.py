@@ -14,16 +14,35 @@ from torch import Tensor
 from torch._decomp import core_aten_decompositions, decomposition_table
 
 from coordinator.plan.convolution import CONVOLUTION_RULES, aten, but_channels
+from coordinator.plan.rewriting import rewritten
 
 _NO_REDUCTION, _MEAN = 0, 1  # aten's numbers for how a loss is reduced over the batch
 
 
-def _by_channel(values: Tensor, x: Tensor) -> Tensor:
-    """Shape one value per channel to broadcast over ``x``."""
-    return values.reshape(1, -1, *[1] * (x.dim() - 2))
-
-
 # Normalisation
+
+
+def _scaled_by_channel(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """``(x - mean) * scale + shift`` by channel, in one pass over ``x``.
+
+    ONNX's batch normalisation of inference with a variance of one. Written with broadcasting operators it
+    takes onnxruntime a pass each, and those are slower where a channel has few places.
+    """
+    return _normalised(x, scale, shift, mean, torch.ones_like(mean), 0.0)
+
+
+def _normalised(
+    x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, variance: Tensor, epsilon: float
+) -> Tensor:
+    output: Tensor = torch.onnx.ops.symbolic(
+        "BatchNormalization",
+        [x, scale, shift, mean, variance],
+        attrs={"epsilon": float(epsilon)},
+        dtype=x.dtype,
+        shape=tuple(x.shape),
+        version=15,
+    )
+    return output
 
 
 def _batch_norm(
@@ -39,25 +58,24 @@ def _batch_norm(
     """Output, batch mean, inverse deviation, and both running statistics moved towards the batch's."""
     scale = torch.ones_like(running_mean) if weight is None else weight
     shift = torch.zeros_like(running_mean) if bias is None else bias
-    if training:
-        count = x.numel() / x.shape[1]
-        mean = x.mean(but_channels(x))
-        centred = x - _by_channel(mean, x)
-        variance = (centred * centred).mean(but_channels(x))
-        unbiased = variance * (count / (count - 1))
-        running_mean_next = running_mean * (1 - momentum) + mean * momentum
-        running_var_next = running_var * (1 - momentum) + unbiased * momentum
-    else:
-        mean, variance = running_mean, running_var
-        running_mean_next, running_var_next = running_mean.clone(), running_var.clone()
-    output = torch.onnx.ops.symbolic(
+    if not training:
+        output = _normalised(x, scale, shift, running_mean, running_var, epsilon)
+        inverse_deviation = torch.rsqrt(running_var + epsilon)
+        return output, running_mean, inverse_deviation, running_mean.clone(), running_var.clone()
+    channels = tuple(running_mean.shape)
+    # With a momentum of zero, the operator's running statistics are the batch's own. Onnxruntime writes them
+    # over those it is given, so these must be values that nothing else reads: neither constants nor inputs.
+    output, mean, variance = torch.onnx.ops.symbolic_multi_out(
         "BatchNormalization",
-        [x, scale, shift, mean, variance],
-        attrs={"epsilon": float(epsilon)},
-        dtype=x.dtype,
-        shape=tuple(x.shape),
+        [x, scale, shift, running_mean * 0.0, running_var * 0.0],
+        attrs={"epsilon": float(epsilon), "momentum": 0.0, "training_mode": 1},
+        dtypes=[x.dtype] * 3,
+        shapes=[tuple(x.shape), channels, channels],
         version=15,
     )
+    count = x.numel() / x.shape[1]
+    running_mean_next = running_mean * (1 - momentum) + mean * momentum
+    running_var_next = running_var * (1 - momentum) + variance * (momentum * count / (count - 1))
     return output, mean, torch.rsqrt(variance + epsilon), running_mean_next, running_var_next
 
 
@@ -78,14 +96,15 @@ def _batch_norm_backward(
         assert running_var is not None
         mean, inverse_deviation = running_mean, torch.rsqrt(running_var + epsilon)
     count = x.numel() / x.shape[1]
-    centred = x - _by_channel(mean, x)
+    zeros, ones = torch.zeros_like(mean), torch.ones_like(mean)
+    centred = _scaled_by_channel(x, mean, ones, zeros)
     for_bias = gradient.sum(but_channels(x))
     for_weight = (gradient * centred).sum(but_channels(x)) * inverse_deviation
     scale = inverse_deviation if weight is None else weight * inverse_deviation
-    for_x = gradient * _by_channel(scale, x)
+    for_x = _scaled_by_channel(gradient, zeros, scale, zeros)
     if training:
         slope = scale * inverse_deviation * for_weight / count
-        for_x = for_x - (centred * _by_channel(slope, x) + _by_channel(scale * for_bias / count, x))
+        for_x = for_x - _scaled_by_channel(centred, zeros, slope, scale * for_bias / count)
     return for_x, for_weight, for_bias
 
 
@@ -122,6 +141,27 @@ def _nll_loss_backward(
 # The rest
 
 
+def _threshold_backward(gradient: Tensor, x: Tensor, threshold: float) -> Tensor:
+    """A product with zeros and ones takes onnxruntime two thirds of the time of a choice."""
+    return gradient * (x > threshold).to(gradient.dtype)
+
+
+def _hardtanh_backward(gradient: Tensor, x: Tensor, lowest: float, highest: float) -> Tensor:
+    return gradient * ((x > lowest) & (x < highest)).to(gradient.dtype)
+
+
+def _embedding_backward(
+    gradient: Tensor, indices: Tensor, count: int, padding_index: int, scaled_by_frequency: bool
+) -> Tensor:
+    """Without torch's masks: the forward pass has refused indices out of range."""
+    if scaled_by_frequency or padding_index >= 0:
+        rule = decomposition_table[aten.embedding_dense_backward.default]
+        result: Tensor = rule(gradient, indices, count, padding_index, scaled_by_frequency)
+        return result
+    nothing = torch.zeros(count, *gradient.shape[indices.dim() :])
+    return nothing.index_put((indices,), gradient, accumulate=True)
+
+
 def _silu_backward(gradient: Tensor, x: Tensor) -> Tensor:
     gate = torch.sigmoid(x)
     return gradient * (gate * (1 + x * (1 - gate)))
@@ -142,6 +182,30 @@ def _empty_permuted(size: Sequence[int], _order: Sequence[int], **options: Any) 
     return torch.zeros(size, dtype=options.get("dtype"))
 
 
+def _select_backward(gradient: Tensor, size: Sequence[int], axis: int, index: int) -> Tensor:
+    """Zeros around the one place that was selected; torch's own rule writes and compares whole tensors."""
+    index %= size[axis]
+    return _surrounded(gradient.unsqueeze(axis), axis, index, int(size[axis]) - index - 1)
+
+
+def _slice_backward(
+    gradient: Tensor, size: Sequence[int], axis: int, start: int, end: int, step: int
+) -> Tensor:
+    if step != 1 or not isinstance(size[axis], int):
+        rule = decomposition_table[aten.slice_backward.default]
+        result: Tensor = rule(gradient, size, axis, start, end, step)
+        return result
+    first, last, _ = slice(start, end).indices(size[axis])
+    return _surrounded(gradient, axis, first, size[axis] - max(first, last))
+
+
+def _surrounded(x: Tensor, axis: int, before: int, after: int) -> Tensor:
+    """``x`` with zeros before and after it on one axis."""
+    axes_behind = x.dim() - 1 - axis % x.dim()
+    padded: Tensor = aten.constant_pad_nd(x, [*[0, 0] * axes_behind, before, after], 0.0)
+    return padded
+
+
 LOWERINGS: Final[dict[Any, Callable[..., Any]]] = {
     **CONVOLUTION_RULES,
     aten._native_batch_norm_legit_functional.default: _batch_norm,  # noqa: SLF001  (an operator's name)
@@ -149,8 +213,14 @@ LOWERINGS: Final[dict[Any, Callable[..., Any]]] = {
     aten.native_dropout.default: _dropout,
     aten.bernoulli.p: _bernoulli,
     aten.nll_loss_backward.default: _nll_loss_backward,
+    aten.select_backward.default: _select_backward,
+    aten.slice_backward.default: _slice_backward,
     aten.silu_backward.default: _silu_backward,
     aten.empty_permuted.default: _empty_permuted,
+    aten.threshold_backward.default: _threshold_backward,
+    aten.hardtanh_backward.default: _hardtanh_backward,
+    aten.embedding_dense_backward.default: _embedding_backward,
+    aten._safe_softmax.default: decomposition_table[aten._safe_softmax.default],  # noqa: SLF001
     aten.native_group_norm.default: decomposition_table[aten.native_group_norm.default],
 }
 
@@ -171,7 +241,7 @@ class Lowering(torch.fx.Interpreter):
     """
 
     def __init__(self, module: torch.fx.GraphModule) -> None:
-        super().__init__(module)
+        super().__init__(rewritten(module))
         self.dropout_masks: list[Tensor] = []
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -10,11 +10,23 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from coordinator.plan import place
 from coordinator.plan.rejection import PlanRejected
+from coordinator.plan.task import Task
 
 _SHARED: Final = "step"
 """Every parameter of an optimizer counts the same steps, so the graph carries one counter."""
 _NOT_HYPERPARAMETERS: Final = frozenset({"params", "lr", "initial_lr", "param_names"})
+SUPPORTED_OPTIMIZERS: Final = "SGD, Adam, AdamW, Adamax, RMSprop, Adagrad or Adadelta"
+"""What is tested, for the text of a rejection; others of their kind are tried and verified."""
+_NOT_ZERO: Final = "has a state that does not start at zero, as it must on devices"
+_UNSUPPORTED: Final[dict[type[torch.optim.Optimizer], str]] = {
+    torch.optim.ASGD: _NOT_ZERO,
+    torch.optim.NAdam: _NOT_ZERO,
+    torch.optim.Rprop: _NOT_ZERO,
+    torch.optim.RAdam: "loses too many digits in float32 where its warm-up ends",
+    torch.optim.SparseAdam: "takes sparse gradients, which a graph cannot hold",
+}
 
 
 @dataclass(frozen=True)
@@ -95,18 +107,24 @@ def _tensor_addcdiv() -> Iterator[None]:
         yield
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+def check_optimizer(task: Task) -> None:
     """Refuse an optimizer that no plan can contain.
 
     Raises:
-        PlanRejected: one step of it evaluates the loss itself.
+        PlanRejected: one step of it evaluates the loss itself, or its state does not start at zero.
     """
+    optimizer = task.optimizer
+    name = type(optimizer).__name__
+    reason = _UNSUPPORTED.get(type(optimizer))
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
-        raise PlanRejected(
-            f"{type(optimizer).__name__} evaluates the loss several times in one step, which a plan cannot; "
-            "use SGD, Adam, AdamW, Adagrad or RMSprop."
-        )
+        reason = "evaluates the loss several times in one step, which a plan cannot"
+    for setting in ("dampening", "initial_accumulator_value"):
+        if any(group.get(setting) for group in optimizer.param_groups):
+            reason = f"with {setting} has a state that does not start at zero; leave {setting} at 0"
+    if reason is not None:
+        called = "" if task.source is None else place.of_call(task.source, name)
+        raise PlanRejected(f"{name} {reason}; use {SUPPORTED_OPTIMIZERS}.", called)
 
 
 def read_optimizer(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> OptimizerRecipe:

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from coordinator.plan.joint_graph import LossModule, trained_copy
+from coordinator.plan import place
+from coordinator.plan.loss_module import LossModule, trained_copy
 from coordinator.plan.rejection import PlanRejected
 from coordinator.plan.task import Task
 
@@ -52,7 +53,8 @@ class Reference:
             raise PlanRejected(
                 f"Model and loss do not run in torch as {self._precision}, which the check of the gradients "
                 f"needs ({type(error).__name__}: {error}); keep constants in buffers, or cast them to the "
-                "output's dtype."
+                "output's dtype.",
+                place.of_error(error),
             ) from error
         return Outcome(float(loss.detach()), dict(zip(held, found, strict=True)), moved)
 

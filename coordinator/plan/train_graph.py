@@ -1,4 +1,7 @@
-"""One optimizer step as one graph: forward pass, backward pass, the optimizer, new buffers."""
+"""One optimizer step as one graph: forward pass, backward pass, the optimizer, new buffers.
+
+Between the passes and the optimizer, if the task wants them: FedProx's proximal term, then gradient clipping.
+"""
 
 from dataclasses import dataclass
 from typing import Any, Final
@@ -11,8 +14,13 @@ from coordinator.plan.export import to_onnx, with_outputs
 from coordinator.plan.joint_graph import JointGraph, Role, batch_axis
 from coordinator.plan.lowering import Lowering
 from coordinator.plan.optimizer_step import OptimizerRecipe
+from coordinator.plan.task import Task
 
 LEARNING_RATE: Final = "learning_rate"
+PROXIMAL: Final = "proximal"
+CLASS_WEIGHTS: Final = "class_weights"
+_CLIP_EPSILON: Final = 1e-6
+"""Added to the norm by ``torch.nn.utils.clip_grad_norm_``, so that a zero gradient divides by something."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +29,8 @@ class TrainGraph:
 
     Attributes:
         shipped: new state tensors ``name'``, ``loss`` and, if any, ``metric``.
-        probed: in addition ``g.<parameter>`` gradients and ``mask.<i>`` dropout masks.
+        probed: in addition ``g.<parameter>`` gradients of the task's loss, before proximal term and clipping,
+            and ``mask.<i>`` dropout masks.
         outputs: names of the shipped outputs in order.
     """
 
@@ -33,22 +42,27 @@ class TrainGraph:
 class _Step(torch.nn.Module):
     """Flat tensors in, flat tensors out; torch.export turns the optimizer's in-place work into new values."""
 
-    def __init__(self, joint: JointGraph, recipe: OptimizerRecipe) -> None:
+    def __init__(self, joint: JointGraph, recipe: OptimizerRecipe, clip_norm: float | None) -> None:
         super().__init__()
         self.joint = joint
         self.recipe = recipe
-        for index, constant in enumerate(joint.constants):
+        self.clip_norm = clip_norm
+        for index, constant in enumerate(joint.constants.values()):
             self.register_buffer(f"constant_{index}", constant)
 
-    def forward(
+    def forward(  # noqa: PLR0917  (torch.export hands arguments over by position)
         self,
         parameters: tuple[Tensor, ...],
         buffers: tuple[Tensor, ...],
         state: tuple[Tensor, ...],
         tensors: tuple[Tensor, ...],
         learning_rate: Tensor,
+        proximal: tuple[Tensor, ...],
     ) -> tuple[tuple[Tensor, ...], ...]:
-        """``(parameters', buffers', state', (loss, metric), gradients, masks)``."""
+        """``(parameters', buffers', state', (loss, metric), gradients, masks)``.
+
+        ``proximal``: μ, then an anchor for each parameter; empty without a proximal term.
+        """
         sources = {
             Role.PARAMETER: parameters,
             Role.BUFFER: buffers,
@@ -63,12 +77,21 @@ class _Step(torch.nn.Module):
         gradients = [found[Role.GRADIENT, index] for index in range(len(parameters))]
         names = list(self.recipe.state)
         with torch.no_grad():
+            followed = gradients
+            if proximal:
+                mu, *anchors = proximal
+                followed = [
+                    gradient + mu * (parameter - anchor)
+                    for gradient, parameter, anchor in zip(gradients, parameters, anchors, strict=True)
+                ]
+            if self.clip_norm is not None:
+                followed = _clipped(followed, self.clip_norm)
             stepped = [parameter.clone() for parameter in parameters]
             old_state = dict(zip(names, state, strict=True))
-            new_state = self.recipe.step(stepped, gradients, old_state, learning_rate)
+            new_state = self.recipe.step(stepped, followed, old_state, learning_rate)
         return (
             tuple(stepped),
-            tuple(found[Role.BUFFER, index] for index in range(len(buffers))),
+            tuple(found.get((Role.BUFFER, index), old.clone()) for index, old in enumerate(buffers)),
             tuple(new_state[name] for name in names),
             tuple(found[role, 0] for role in (Role.LOSS, Role.METRIC) if (role, 0) in found),
             tuple(gradient.clone() for gradient in gradients),
@@ -76,16 +99,26 @@ class _Step(torch.nn.Module):
         )
 
 
+def _clipped(gradients: list[Tensor], norm: float) -> list[Tensor]:
+    """The gradients scaled down to a norm over all of them, by ``torch.nn.utils.clip_grad_norm_``'s formula.
+
+    Pascanu, Mikolov, Bengio, On the difficulty of training recurrent neural networks, ICML 2013, algorithm 1.
+    """
+    squares = torch.stack([(gradient * gradient).sum() for gradient in gradients])
+    scale = (norm / (squares.sum().sqrt() + _CLIP_EPSILON)).clamp(max=1.0)
+    return [gradient * scale for gradient in gradients]
+
+
 def export_train_graph(
-    joint: JointGraph, recipe: OptimizerRecipe, tensors: tuple[Tensor, ...], tensor_names: list[str]
+    task: Task, joint: JointGraph, recipe: OptimizerRecipe, tensor_names: list[str]
 ) -> TrainGraph:
     """Export the step.
 
     Args:
+        task: says what else is in a step.
         joint: forward and backward pass.
         recipe: the optimizer.
-        tensors: example inputs and targets.
-        tensor_names: what the graph calls them.
+        tensor_names: what the graph calls the loss's arguments.
 
     Raises:
         PlanRejected: see :func:`coordinator.plan.export.to_onnx`.
@@ -99,12 +132,18 @@ def export_train_graph(
     outputs = [*(f"{name}'" for name in state), "loss", *(["metric"] if has_metric else [])]
     probes = [*(f"g.{name}" for name in joint.parameters), *(f"mask.{i}" for i in range(joint.dropouts))]
     groups = (tuple(joint.parameters.values()), tuple(joint.buffers.values()), tuple(recipe.state.values()))
+    proximal = (torch.tensor(1.0), *map(torch.zeros_like, groups[0])) if task.proximal else ()
     still: tuple[Any, ...] = tuple(tuple({} for _ in group) for group in groups)
     probed = to_onnx(
-        _Step(joint, recipe),
-        (*groups, tensors, torch.tensor(1.0)),
-        (*still, batch_axis(tensors), {}),
-        [*state, *tensor_names, LEARNING_RATE],
+        _Step(joint, recipe, task.clip_norm),
+        (*groups, task.loss_arguments, torch.tensor(1.0), proximal),
+        (*still, batch_axis(task), {}, tuple({} for _ in proximal)),
+        [*state, *tensor_names, LEARNING_RATE, *proximal_inputs(task, joint)],
         [*outputs, *probes],
     )
     return TrainGraph(with_outputs(probed, outputs), probed, tuple(outputs))
+
+
+def proximal_inputs(task: Task, joint: JointGraph) -> list[str]:
+    """The inputs of the proximal term: μ, then where local training started, by parameter."""
+    return [PROXIMAL, *(f"a.{name}" for name in joint.parameters)] if task.proximal else []

@@ -125,3 +125,12 @@ def from_frame(frame: bytes, kind: type[M], max_bytes: int = MAX_MESSAGE_BYTES) 
         WireError: any of the ways in which the bytes are not a frame of ``kind``.
     """
     return unpack(strip_version(frame, max_bytes), kind)
+
+
+def from_frame_any(frame: bytes, kinds: Any, max_bytes: int = MAX_MESSAGE_BYTES) -> Message:
+    """Decode a whole frame of a union of tagged messages.
+
+    Raises:
+        WireError: any of the ways in which the bytes are not a frame of one of ``kinds``.
+    """
+    return unpack_any(strip_version(frame, max_bytes), kinds)

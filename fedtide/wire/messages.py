@@ -48,17 +48,19 @@ class CodecRequest(Message, frozen=True, kw_only=True):
 
 
 class Release(Message, frozen=True, kw_only=True):
-    """The model version for inference: the newest that passed the evaluation gate.
+    """The model version for inference: the newest that passed the gate, or just the newest without a gate.
 
     Attributes:
         version: which.
         parameters_sha256: fingerprint of its parameters.
         blob: all its parameters, as in ``Head.full_blob``; retained as long as it is the release.
+        gate: what the version had to pass, one sentence for people; empty where no gate is set.
     """
 
     version: ModelVersion
     parameters_sha256: bytes
     blob: BlobRef
+    gate: str = ""
 
 
 class Head(Message, frozen=True, kw_only=True):

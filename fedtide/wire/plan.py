@@ -20,7 +20,7 @@ from fedtide.wire.signatures import PLAN_DOMAIN, PublicKey, SigningKey
 from fedtide.wire.training import Training
 
 MAX_PLAN_BYTES: Final = 1 << 20
-"""A plan is 1 to 10 KB compressed, recurrent ones up to 64 KB; a megabyte leaves room and bounds memory."""
+"""A plan has 2 to 16 KB, a recurrent one of many steps up to 64; a megabyte leaves room and bounds memory."""
 MAX_GRAPH_BYTES: Final = 8 << 20
 """An inflated graph; the largest seen is 60 KB."""
 
@@ -29,9 +29,9 @@ PLAN_OPERATORS: Final = frozenset(
     """
     Abs Add And ArgMax ArgMin AveragePool BatchNormalization Cast CastLike Ceil Clip Concat Constant
     ConstantOfShape Conv ConvTranspose Cos CumSum Div Elu Equal Erf Exp Expand Flatten Floor Gather
-    GatherElements GatherND Gelu Gemm GlobalAveragePool Greater GreaterOrEqual HardSigmoid HardSwish
+    GatherElements GatherND Gelu Gemm GlobalAveragePool GRU Greater GreaterOrEqual HardSigmoid HardSwish
     Identity InstanceNormalization IsInf IsNaN LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax
-    MatMul Max MaxPool Mean Min Mish Mod Mul Neg Not OneHot Or PRelu Pad Pow RandomUniformLike Range
+    LSTM MatMul Max MaxPool Mean Min Mish Mod Mul Neg Not OneHot Or PRelu Pad Pow RandomUniformLike Range
     Reciprocal ReduceL1 ReduceL2 ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum
     ReduceSumSquare Relu Reshape Resize Round ScatterElements ScatterND Selu Shape Sigmoid Sign Sin Size
     Slice Softmax SoftmaxCrossEntropyLoss Softplus Softsign Split Sqrt Squeeze Sub Sum Tan Tanh Tile
@@ -151,10 +151,13 @@ class Plan:
 
 
 def seal_plan(plan: Plan, key: SigningKey) -> bytes:
-    """The signed plan as a blob: version byte, then [manifest, signature, train graph, evaluation graph]."""
+    """The signed plan as a blob: version byte, then [manifest, signature, train graph, evaluation graph].
+
+    All but the signature are compressed; the signature is over the manifest as it was before.
+    """
     manifest = frame.pack(plan.manifest)
     parts = [
-        manifest,
+        zlib.compress(manifest, 9),
         key.sign(PLAN_DOMAIN, manifest),
         zlib.compress(plan.train, 9),
         zlib.compress(plan.evaluation, 9),
@@ -170,13 +173,14 @@ def open_plan(blob: bytes, key: PublicKey, max_bytes: int = MAX_PLAN_BYTES) -> P
     """
     content = frame.strip_version(blob, max_bytes)
     try:
-        packed, signature, train, evaluation = frame.unpack_byte_strings(
+        compressed, signature, train, evaluation = frame.unpack_byte_strings(
             content, tuple[bytes, bytes, bytes, bytes]
         )
     except MalformedFrame as error:
         raise MalformedFrame(
             f"a plan is four byte strings, manifest, signature, train graph, evaluation graph: {error}"
         ) from error
+    packed = _inflate(compressed, MAX_PLAN_BYTES, "manifest")
     key.verify(PLAN_DOMAIN, packed, signature)
     manifest = frame.unpack(packed, PlanManifest)
     return Plan(
@@ -192,13 +196,20 @@ def inflate_graph(compressed: bytes, sha256: bytes, name: str) -> bytes:
     Raises:
         WireError: it does not inflate, is too large, or is not the graph of that hash.
     """
-    inflate = zlib.decompressobj()
-    try:
-        graph = inflate.decompress(compressed, MAX_GRAPH_BYTES + 1)
-    except zlib.error as error:
-        raise MalformedFrame(f"the {name} graph does not inflate: {error}") from error
-    if len(graph) > MAX_GRAPH_BYTES:
-        raise FrameTooLarge(len(graph), MAX_GRAPH_BYTES)
-    if not inflate.eof or inflate.unused_data or hashlib.sha256(graph).digest() != sha256:
+    graph = _inflate(compressed, MAX_GRAPH_BYTES, f"{name} graph")
+    if hashlib.sha256(graph).digest() != sha256:
         raise BlobMismatch(f"the {name} graph is not the one its manifest was signed for")
     return graph
+
+
+def _inflate(compressed: bytes, max_bytes: int, name: str) -> bytes:
+    inflate = zlib.decompressobj()
+    try:
+        content = inflate.decompress(compressed, max_bytes + 1)
+    except zlib.error as error:
+        raise MalformedFrame(f"the {name} does not inflate: {error}") from error
+    if len(content) > max_bytes:
+        raise FrameTooLarge(len(content), max_bytes)
+    if not inflate.eof or inflate.unused_data:
+        raise MalformedFrame(f"the {name} ends too soon or goes on too long")
+    return content

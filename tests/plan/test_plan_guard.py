@@ -1,6 +1,7 @@
 import contextlib
 import time
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -8,6 +9,7 @@ from onnx import TensorProto, helper
 
 from edge_agent import plan_guard
 from edge_agent.plan_guard import PlanRefused, check, check_graph
+from fedtide.wire.parameters import TensorSpec
 from fedtide.wire.plan import MAX_GRAPH_BYTES, Plan
 
 NOTHING = frozenset()
@@ -162,3 +164,28 @@ def test_a_plan_is_checked_in_milliseconds(cnn):
         return time.process_time() - begin
 
     assert min(seconds() for _ in range(5)) < 0.05
+
+
+def test_optimizer_state_beyond_any_optimizer_is_refused(autoencoder):
+    manifest = autoencoder.plan.manifest
+    huge = TensorSpec(name="o.huge", dtype="float32", shape=(1 << 30,))
+    plan = Plan(
+        msgspec.structs.replace(manifest, local_state=(*manifest.local_state, huge)),
+        autoencoder.plan.train,
+        autoencoder.plan.evaluation,
+    )
+    with pytest.raises(PlanRefused, match="optimizer state and counters of 1,073,741"):
+        check(plan)
+
+
+def test_a_number_of_a_tensors_axes_ends_within_them():
+    # Packed axes whose last number goes on: into the next field if nobody looks.
+    tensor = b"\x0a\x01\x80" + b"\x42\x01c"
+    graph = b"\x2a" + bytes((len(tensor),)) + tensor
+    with pytest.raises(PlanRefused, match="a number ends after its message"):
+        check_graph(b"\x3a" + bytes((len(graph),)) + graph, NOTHING)
+
+
+def test_the_guard_counts_the_nodes():
+    nodes = [helper.make_node("Relu", ["x"], ["y"])] * 4
+    assert check_graph(model(nodes).SerializeToString(), NOTHING) == 4

@@ -24,6 +24,19 @@ class Transformer(nn.Module):
         return self.head(self.encoder(self.embedding(tokens)).mean(1))
 
 
+class MaskedAttention(nn.Module):
+    """Attention in which each place sees itself and those before it."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        mask = nn.Transformer.generate_square_subsequent_mask(5)
+        return self.head(self.attention(x, x, x, attn_mask=mask, need_weights=False)[0].mean(1))
+
+
 class Recurrent(nn.Module):
     """A GRU over 6 readings of 3 sensors."""
 
@@ -68,6 +81,28 @@ MODELS = {
         ),
         torch.randn(16, 4, 8, 8),
     ),
+    "depthwise_strided": lambda: (
+        nn.Sequential(
+            nn.Conv2d(4, 4, 3, padding=1, groups=4),
+            nn.BatchNorm2d(4),
+            nn.ReLU6(),
+            nn.Conv2d(4, 4, 3, stride=2, padding=1, groups=4, bias=False),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(4, 4),
+        ),
+        torch.randn(16, 4, 8, 8),
+    ),
+    "depthwise_1d": lambda: (
+        nn.Sequential(
+            nn.Conv1d(3, 3, 5, padding=2, groups=3),
+            nn.Tanh(),
+            nn.Conv1d(3, 4, 1),
+            nn.Flatten(),
+            nn.Linear(96, 4),
+        ),
+        torch.randn(16, 3, 24),
+    ),
     "transposed": lambda: (
         nn.Sequential(
             nn.ConvTranspose2d(2, 3, 4, stride=2, padding=1), nn.Sigmoid(), nn.Flatten(), nn.Linear(192, 4)
@@ -75,6 +110,7 @@ MODELS = {
         torch.randn(16, 2, 4, 4),
     ),
     "transformer": lambda: (Transformer(), torch.randint(0, 50, (16, 5))),
+    "masked_attention": lambda: (MaskedAttention(), torch.randn(16, 5, 8)),
     "gru": lambda: (Recurrent(), torch.randn(16, 6, 3)),
 }
 OPTIMIZERS = {

@@ -7,7 +7,8 @@ from torch import nn
 
 from coordinator.plan.build import build
 from coordinator.plan.rejection import PlanRejected
-from coordinator.plan.task import Task, load_task
+from coordinator.plan.task import Task, check_task, load_task
+from fedtide.wire.training import Training
 
 TASK_FILE = """
 import torch
@@ -53,6 +54,16 @@ class Branching(nn.Module):
         return self.linear(x) if x.sum() > 0 else -self.linear(x)
 
 
+class Bessel(FixedBatch):
+    def forward(self, x):
+        return torch.special.i0(self.linear(x))
+
+
+def here(text, line):
+    """Whether a refusal names a line of this file."""
+    return text.startswith("tests/plan/test_plan_refusals.py:") and f"`{line}`: " in text
+
+
 def test_lbfgs_is_refused():
     task = mlp_task()
     task = dataclasses.replace(task, optimizer=torch.optim.LBFGS(task.model.parameters()))
@@ -61,12 +72,73 @@ def test_lbfgs_is_refused():
 
 def test_a_fixed_batch_size_is_refused():
     text = refusal(with_model(FixedBatch()))
-    assert text.startswith("The model fixes the batch size at 32")
+    assert here(text, "return self.linear(x.view(32, 8))")
+    assert ": in FixedBatch.forward: " in text
+    assert "The model fixes the batch size at 32" in text
     assert "x.view(len(x), ...)" in text
 
 
 def test_a_branch_on_values_is_refused():
-    assert "use torch.where in place of `if`" in refusal(with_model(Branching()))
+    text = refusal(with_model(Branching()))
+    assert here(text, "return self.linear(x) if x.sum() > 0 else -self.linear(x)")
+    assert "use torch.where in place of `if`" in text
+
+
+def test_an_operator_without_onnx_form_is_refused_with_its_line():
+    text = refusal(with_model(Bessel()))
+    assert here(text, "return torch.special.i0(self.linear(x))")
+    assert "prims.bessel_i0 has no ONNX form" in text
+
+
+@pytest.mark.parametrize("kind", [torch.optim.NAdam, torch.optim.RAdam, torch.optim.ASGD, torch.optim.Rprop])
+def test_an_optimizer_that_plans_cannot_hold_is_refused_by_name(kind):
+    task = mlp_task()
+    text = refusal(dataclasses.replace(task, optimizer=kind(task.model.parameters())))
+    assert text.startswith(kind.__name__)
+    assert "use SGD, Adam" in text
+
+
+def test_dampening_is_refused():
+    task = mlp_task()
+    optimizer = torch.optim.SGD(task.model.parameters(), lr=0.1, momentum=0.9, dampening=0.1)
+    assert "leave dampening at 0" in refusal(dataclasses.replace(task, optimizer=optimizer))
+
+
+def test_a_task_file_is_named_with_the_line_of_its_optimizer(tmp_path):
+    path = tmp_path / "task.py"
+    path.write_text(TASK_FILE.replace("SGD", "LBFGS"))
+    # The file begins with an empty line; the optimizer is on line 9.
+    assert refusal(load_task(path)).startswith(f"{path}:9: in task: `optimizer = torch.optim.LBFGS(")
+
+
+def test_a_model_too_large_for_the_fleet_is_refused_before_anything_slow():
+    # 16*8 + 16 + 3*16 + 3 = 195 parameters of 4 bytes.
+    with pytest.raises(PlanRejected, match=r"780 bytes of parameters and devices accept 779.*0.weight \(512"):
+        build(mlp_task(), max_model_bytes=779)
+
+
+def test_a_loss_that_ignores_its_class_weights_is_refused():
+    def loss(output, targets, _class_weights):
+        return nn.functional.cross_entropy(output, targets)
+
+    text = refusal(dataclasses.replace(mlp_task(), loss=loss, class_weights=3))
+    assert "ignores its third argument" in text
+    assert text.startswith("tests/plan/test_plan_refusals.py:")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"clip_norm": 0.0}, "clip_norm is 0.0"),
+        ({"clip_norm": float("nan")}, "clip_norm is nan"),
+        ({"class_weights": 1}, "2 or more"),
+        ({"training": Training(proximal=0.1)}, "proximal=True"),
+        ({"training": Training(class_weights="balanced")}, "number of classes"),
+    ],
+)
+def test_options_that_contradict_the_task_are_refused(options, reason):
+    with pytest.raises(PlanRejected, match=reason):
+        check_task(dataclasses.replace(mlp_task(), **options))
 
 
 def test_a_single_row_is_refused():
@@ -92,11 +164,13 @@ def test_double_precision_is_refused():
 
 def test_a_loss_per_example_is_refused():
     task = dataclasses.replace(mlp_task(), loss=nn.CrossEntropyLoss(reduction="none"))
-    assert refusal(task).startswith("The loss has shape (32,)")
+    assert "The loss has shape (32,)" in refusal(task)
 
 
 def test_a_model_that_does_not_fit_its_example_is_refused():
-    assert "fail on the example batch" in refusal(with_model(nn.Linear(9, 3)))
+    text = refusal(with_model(nn.Linear(9, 3)))
+    assert text.startswith("in layer Linear(in_features=9, out_features=3, bias=True): ")
+    assert "fail on the example batch" in text
 
 
 def test_a_frozen_model_is_refused():
@@ -108,10 +182,10 @@ def test_a_learning_rate_of_zero_is_refused():
     assert "must be above zero" in refusal(with_model(nn.Linear(8, 3), learning_rate=0.0))
 
 
-def test_shared_parameters_are_refused():
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3))
-    model[1].weight = model[0].weight
-    assert refusal(with_model(model)).startswith("0.weight and 1.weight are one parameter")
+def test_a_module_under_two_names_is_refused():
+    layer = nn.Linear(8, 8)
+    text = refusal(with_model(nn.Sequential(layer, nn.ReLU(), layer, nn.Linear(8, 3))))
+    assert text.startswith("0 and 2 are one module under two names")
 
 
 def test_a_loss_with_parameters_is_refused():
@@ -139,7 +213,8 @@ def test_a_task_file_gives_its_task(tmp_path):
         ("task = 3", "it is int"),
         ("def task():\n    return None", "it is NoneType"),
         ("task = missing", "failed with NameError"),
-        ("task = (", "failed with SyntaxError"),
+        ("task = (", r"task.py:1: `task = \(`: .*SyntaxError"),
+        ("x = 1\ntask = missing", "task.py:2: `task = missing`: "),
     ],
 )
 def test_a_task_file_without_a_task_is_refused(tmp_path, content, reason):

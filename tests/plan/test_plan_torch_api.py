@@ -3,7 +3,10 @@ import inspect
 import numpy as np
 import onnxruntime
 import torch
+import torch._dynamo
 from torch.export.exported_program import _decompose_exported_program
+from torch.onnx._internal.exporter._core import exported_program_to_ir
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 
 def test_the_private_torch_function_has_the_signature_we_call():
@@ -18,6 +21,23 @@ def test_the_private_torch_function_has_the_signature_we_call():
         "joint_loss_index",
         "decompose_custom_triton_ops",
     ]
+
+
+def test_the_exporters_translations_can_be_read_once_and_used_again():
+    # coordinator.plan.export keeps them: torch.onnx.export would parse their sources for each graph.
+    assert list(inspect.signature(exported_program_to_ir).parameters) == [
+        "exported_program",
+        "registry",
+        "lower",
+    ]
+    assert list(inspect.signature(ONNXRegistry.from_torchlib).parameters) == ["opset_version"]
+    assert list(inspect.signature(ONNXRegistry.register_op).parameters)[:3] == ["self", "target", "function"]
+    assert ONNXRegistry().functions == {}
+
+
+def test_the_cache_of_traced_operators_can_be_turned_off():
+    with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+        assert not torch._subclasses.FakeTensorMode().cache_enabled
 
 
 def test_onnxruntime_shares_memory_with_numpy():

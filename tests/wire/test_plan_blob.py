@@ -33,7 +33,7 @@ def assembled(*parts: object) -> bytes:
 def signed(manifest: PlanManifest, train: bytes, evaluation: bytes) -> bytes:
     """A plan blob with a good signature whose compressed graphs are given as they are."""
     packed = frame.pack(manifest)
-    return assembled(packed, COORDINATOR_KEY.sign(PLAN_DOMAIN, packed), train, evaluation)
+    return assembled(zlib.compress(packed), COORDINATOR_KEY.sign(PLAN_DOMAIN, packed), train, evaluation)
 
 
 def test_a_plan_comes_back_from_its_blob() -> None:
@@ -56,14 +56,14 @@ def test_a_plan_signed_for_another_purpose_is_refused() -> None:
     packed = frame.pack(MANIFEST)
     graphs = [zlib.compress(graph) for graph in GRAPHS]
     with pytest.raises(BadSignature):
-        open_plan(assembled(packed, COORDINATOR_KEY.sign(HEAD_DOMAIN, packed), *graphs), KEY)
+        open_plan(assembled(zlib.compress(packed), COORDINATOR_KEY.sign(HEAD_DOMAIN, packed), *graphs), KEY)
 
 
 def test_a_changed_manifest_is_refused() -> None:
     packed = frame.pack(msgspec.structs.replace(MANIFEST, name="lime"))
     _, signature, train, evaluation = msgpack.unpackb(BLOB[1:])
     with pytest.raises(BadSignature):
-        open_plan(assembled(packed, signature, train, evaluation), KEY)
+        open_plan(assembled(zlib.compress(packed), signature, train, evaluation), KEY)
 
 
 def test_a_changed_graph_is_refused_and_the_error_says_which() -> None:
@@ -79,10 +79,11 @@ def test_a_changed_graph_is_refused_and_the_error_says_which() -> None:
     ("damage", "error"),
     [
         (lambda graph: b"no deflate" + graph, MalformedFrame),
-        (lambda graph: graph[:-1], BlobMismatch),
-        (lambda graph: graph + b"\0", BlobMismatch),
+        (lambda graph: graph[:-1], MalformedFrame),
+        (lambda graph: graph + b"\0", MalformedFrame),
         (lambda graph: graph[:-1] + bytes((graph[-1] ^ 1,)), MalformedFrame),  # its Adler-32
-        (lambda _: b"", BlobMismatch),
+        (lambda _: b"", MalformedFrame),
+        (lambda _: zlib.compress(b"another graph"), BlobMismatch),
     ],
 )
 def test_a_graph_that_does_not_inflate_to_its_end_is_refused(damage: object, error: type[WireError]) -> None:
@@ -98,6 +99,13 @@ def test_a_graph_that_inflates_without_end_is_stopped_at_its_bound() -> None:
     with pytest.raises(FrameTooLarge) as refused:
         open_plan(signed(manifest, bomb, zlib.compress(GRAPHS[1])), KEY)
     assert refused.value.size_bytes == MAX_GRAPH_BYTES + 1
+
+
+def test_a_manifest_that_inflates_without_end_is_stopped_before_its_signature_is_checked() -> None:
+    bomb = zlib.compress(bytes(64 * MAX_PLAN_BYTES), 9)
+    with pytest.raises(FrameTooLarge) as refused:
+        open_plan(assembled(bomb, bytes(64), b"", b""), KEY)
+    assert refused.value.size_bytes == MAX_PLAN_BYTES + 1
 
 
 def test_a_plan_larger_than_accepted_is_refused_before_it_is_parsed() -> None:

@@ -50,7 +50,10 @@ HEAD: Final = Head(
     update_codec=CodecRequest(id="q8", parameters={"block": 256.0}),
     training=True,
     release=Release(
-        version=ModelVersion(38), parameters_sha256=b"r" * 32, blob=blob_ref(b"released parameters", 4)
+        version=ModelVersion(38),
+        parameters_sha256=b"r" * 32,
+        blob=blob_ref(b"released parameters", 4),
+        gate="accuracy at least 0.9",
     ),
     issued=1_700_000_000.5,
     expires=1_700_086_400.5,

@@ -2,14 +2,19 @@ import io
 import os
 import zipfile
 from pathlib import Path
-from typing import Final
+from typing import Final, get_args
 
 import msgspec
 import numpy as np
 import pytest
 from agent_world import tiny_plan
 
-from edge_agent.data_sources import Csv, DataError, DataSource, Npz
+from edge_agent.data_sources import Csv, Custom, DataError, DataSource, Npz, Sensor, Windows
+from edge_agent.dataset import Skipped
+from edge_agent.plan_session import check_dataset
+from edge_agent.readings import Channel
+from edge_agent.values import NOT_FINITE, NOT_WHOLE
+from edge_agent.window_ring import WindowRing
 from fedtide.wire.parameters import TensorSpec
 from fedtide.wire.plan import PlanManifest
 from fedtide.wire.settings import parse
@@ -24,7 +29,7 @@ CLASSES: Final = msgspec.structs.replace(tiny_plan().manifest, inputs=(floats("x
 REGRESSION: Final = msgspec.structs.replace(CLASSES, targets=floats("y"))
 AUTOENCODER: Final = msgspec.structs.replace(CLASSES, targets=None)
 TWO_INPUTS: Final = msgspec.structs.replace(CLASSES, inputs=(floats("x0", 2), floats("x1", 3)))
-SQUARES: Final = msgspec.structs.replace(CLASSES, inputs=(floats("x0", 2, 2),))
+KINDS: Final = sorted(kind.__struct_config__.tag for kind in get_args(DataSource))
 
 X: Final = np.array([[1, 2], [3, 4], [5, 6]], np.float64)
 Y: Final = np.array([0, 1, 0], np.int32)
@@ -33,11 +38,6 @@ Y: Final = np.array([0, 1, 0], np.int32)
 @pytest.fixture
 def archive(tmp_path: Path) -> Path:
     return tmp_path / "examples.npz"
-
-
-@pytest.fixture
-def table(tmp_path: Path) -> Path:
-    return tmp_path / "examples.csv"
 
 
 def test_a_source_is_chosen_by_its_kind(tmp_path: Path) -> None:
@@ -96,13 +96,12 @@ def test_a_model_that_gives_back_its_input_needs_no_targets(archive: Path) -> No
         ({"x": np.array(7.0), "y": Y}, CLASSES, "'x0'"),
         ({"x": X[:0], "y": Y[:0]}, CLASSES, "no examples for 'x0'; at least 1 is needed"),
         ({"x": X, "y": Y[:2]}, CLASSES, "arrays of one length"),
-        ({"x": np.where(X == 3, np.nan, X), "y": Y}, CLASSES, "NaN or infinite values for 'x0'"),
-        ({"x": np.where(X == 3, np.inf, X), "y": Y}, CLASSES, "NaN or infinite values for 'x0'"),
-        ({"x": np.where(X == 3, 1e300, X), "y": Y}, CLASSES, "NaN or infinite values for 'x0'"),
-        ({"x": X, "y": [0.0, np.nan, 1.0]}, REGRESSION, "NaN or infinite values for 'y'"),
-        ({"x": X, "y": [0.0, 0.5, 1.0]}, CLASSES, "'y' must be whole numbers"),
-        ({"x": X, "y": [0.0, np.nan, 1.0]}, CLASSES, "'y' must be whole numbers"),
-        ({"x": X, "y": [0.0, 1e30, 1.0]}, CLASSES, "'y' must be whole numbers"),
+        (
+            {"x": X * np.nan, "y": Y},
+            CLASSES,
+            "no good example: example 1: NaN, infinite or too large in 'x0'",
+        ),
+        ({"x": X, "y": Y + 0.5}, CLASSES, "no good example: example 1: not a whole number in 'y'"),
         ({"x": X, "y": ["ok", "ok", "bad"]}, CLASSES, "'y'|invalid literal"),
         ({"x": X + 1j, "y": Y}, CLASSES, "'x0'"),
     ],
@@ -114,6 +113,35 @@ def test_arrays_that_do_not_fit_are_refused_with_the_reason(
     with pytest.raises(DataError, match=complaint) as refused:
         Npz(path=archive).load(manifest)
     assert str(archive) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "manifest", "kept", "skipped"),
+    [
+        ({"x": np.where(X == 3, np.nan, X), "y": Y}, CLASSES, [0, 2], f"{NOT_FINITE} in 'x0'"),
+        ({"x": np.where(X == 3, np.inf, X), "y": Y}, CLASSES, [0, 2], f"{NOT_FINITE} in 'x0'"),
+        ({"x": np.where(X == 3, 1e300, X), "y": Y}, CLASSES, [0, 2], f"{NOT_FINITE} in 'x0'"),
+        ({"x": X, "y": [0.0, np.nan, 1.0]}, REGRESSION, [0, 2], f"{NOT_FINITE} in 'y'"),
+        ({"x": X, "y": [0.0, 1.0, 0.5]}, CLASSES, [0, 1], f"{NOT_WHOLE} in 'y'"),
+        ({"x": X, "y": [np.nan, 0.0, 1.0]}, CLASSES, [1, 2], f"{NOT_WHOLE} in 'y'"),
+        ({"x": X, "y": [1e30, 0.0, 1.0]}, CLASSES, [1, 2], f"{NOT_WHOLE} in 'y'"),
+    ],
+)
+def test_a_bad_example_of_an_archive_is_skipped_and_counted(
+    archive: Path, arrays: dict[str, object], manifest: PlanManifest, kept: list[int], skipped: str
+) -> None:
+    archive.write_bytes(saved(**arrays))
+    dataset = Npz(path=archive).load(manifest)
+    assert dataset.inputs[0].tolist() == X[kept].tolist()
+    [bad] = {0, 1, 2} - set(kept)
+    assert dataset.skipped == (Skipped(skipped, 1, f"example {bad + 1}: {skipped}"),)
+
+
+def test_an_example_that_is_bad_twice_is_counted_once(archive: Path) -> None:
+    archive.write_bytes(saved(x=np.where(X == 3, np.nan, X), y=[0.0, 0.5, 1.0]))
+    dataset = Npz(path=archive).load(CLASSES)
+    assert len(dataset) == 2
+    assert [skip.count for skip in dataset.skipped] == [1]
 
 
 def one_array() -> bytes:
@@ -160,84 +188,13 @@ def test_a_file_that_is_no_whole_archive_of_arrays_is_refused(archive: Path, con
     assert str(archive) in str(refused.value)
 
 
-# Tables.
-
-
-def test_a_table_gives_examples_by_its_columns(table: Path) -> None:
-    table.write_text("t,label,p\n1,0,2\n3,1,4\n")
-    dataset = Csv(path=table).load(CLASSES)
-    assert dataset.inputs[0].tolist() == [[1, 2], [3, 4]]
-    assert dataset.inputs[0].dtype == np.float32
-    assert dataset.targets is not None
-    assert dataset.targets.tolist() == [0, 1]
-    assert dataset.targets.dtype == np.int64
-
-
-def test_a_tables_columns_and_delimiter_are_named_by_the_settings(table: Path) -> None:
-    table.write_text("when;p;t;fault\nnoon;2;1;0.5\n")
-    dataset = Csv(path=table, label="fault", features=("t", "p"), delimiter=";").load(REGRESSION)
-    assert dataset.inputs[0].tolist() == [[1, 2]]
-    assert dataset.targets is not None
-    assert dataset.targets.tolist() == [0.5]
-
-
-def test_a_tables_row_fills_the_inputs_shape_in_order(table: Path) -> None:
-    table.write_text("a,b,c,d,label\n1,2,3,4,0\n")
-    assert Csv(path=table).load(SQUARES).inputs[0].tolist() == [[[1, 2], [3, 4]]]
-
-
-def test_a_table_for_a_model_that_gives_back_its_input_needs_no_label(table: Path) -> None:
-    table.write_text("a,b\n1,2\n")
-    dataset = Csv(path=table).load(AUTOENCODER)
-    assert dataset.inputs[0].tolist() == [[1, 2]]
-    assert dataset.targets is None
-
-
-@pytest.mark.parametrize(
-    ("text", "complaint"),
-    [
-        ("a,b,label\n1,2,0\n1,two,0\n", "line 3, column 'b': 'two' is not a number"),
-        ("a,b,label\n1,,0\n", "line 2, column 'b': '' is not a number"),
-        ("a,b,label\n1,2\n", "line 2, column 'label': None is not a number"),
-        ('a,b,label\n"1\n",2,0\n1,x,0\n', "line 4, column 'b'"),
-        ("a,b\n1,2\n", "no column 'label'; the table has a, b"),
-        ("", "no column 'label'"),
-        ("a,b,label\n", "no examples for 'x0'; at least 1 is needed"),
-        ("a,b,label\n1,nan,0\n", "NaN or infinite values for 'x0'"),
-        ("a,b,label\n1,-inf,0\n", "NaN or infinite values for 'x0'"),
-        ("a,b,label\n1,2,0.5\n", "'y' must be whole numbers"),
-        ("a,b,label\n1,2,nan\n", "'y' must be whole numbers"),
-        ("a,b,c,label\n1,2,3,0\n", "3 columns.*plan takes 2"),
-        ("a,label\n1,0\n", "1 columns.*plan takes 2"),
-        ('a,b,label\n1,"' + "2" * 200_000 + '",0\n', "field larger"),
-    ],
-)
-def test_a_table_that_does_not_fit_is_refused_with_line_and_column(
-    table: Path, text: str, complaint: str
-) -> None:
-    table.write_text(text)
-    with pytest.raises(DataError, match=complaint) as refused:
-        Csv(path=table).load(CLASSES)
-    assert str(table) in str(refused.value)
-
-
-def test_a_table_that_is_no_text_is_refused(table: Path) -> None:
-    table.write_bytes(b"a,b,label\n\xff\xfe,2,0\n")
-    with pytest.raises(DataError, match="utf-8"):
-        Csv(path=table).load(CLASSES)
-
-
-def test_a_table_has_one_input_only(table: Path) -> None:
-    table.write_text("a,b,label\n1,2,0\n")
-    with pytest.raises(DataError, match="the plan takes 2 inputs, not 1"):
-        Csv(path=table).load(TWO_INPUTS)
-
-
 # Files.
 
 
-@pytest.mark.parametrize("kind", [Npz, Csv])
-def test_a_missing_file_is_a_data_error_that_names_it(tmp_path: Path, kind: type[Npz | Csv]) -> None:
+@pytest.mark.parametrize("kind", [Npz, Csv, Windows])
+def test_a_missing_file_is_a_data_error_that_names_it(
+    tmp_path: Path, kind: type[Npz | Csv | Windows]
+) -> None:
     source = kind(path=tmp_path / "not there")
     with pytest.raises(DataError, match="not there"):
         source.load(CLASSES)
@@ -245,11 +202,96 @@ def test_a_missing_file_is_a_data_error_that_names_it(tmp_path: Path, kind: type
         source.changed_since(None)
 
 
-def test_a_file_that_was_written_again_has_another_stamp(table: Path) -> None:
-    source = Csv(path=table)
-    table.write_text("a,b,label\n1,2,0\n")
+def test_a_file_that_was_written_again_has_another_stamp(archive: Path) -> None:
+    source = Npz(path=archive)
+    archive.write_text("x")
     stamp = source.changed_since(None)
     assert stamp is not None
     assert source.changed_since(stamp) is None
-    os.utime(table, ns=(0, 1))
-    assert source.changed_since(stamp) == (1, stamp[1])
+    os.utime(archive, ns=(0, 1))
+    assert source.changed_since(stamp) == (1, 1)
+
+
+# Every kind.
+
+
+def a_source(kind: str, folder: Path) -> DataSource:
+    """A source of this kind with the examples ``X`` and, where the kind has labels, ``Y``."""
+    match kind:
+        case "npz":
+            np.savez(folder / "a.npz", x=X, y=Y)
+            return Npz(path=folder / "a.npz")
+        case "csv":
+            (folder / "a.csv").write_text("t,p,label\n1,2,0\n3,4,1\n5,6,0\n")
+            return Csv(path=folder / "a.csv")
+        case "windows":
+            np.savez(folder / "a.npz", x=X, y=Y)
+            return Windows(path=folder)
+        case "sensor":
+            channels = (Channel(topic="s", field="t"), Channel(topic="s", field="p"))
+            source = Sensor(path=folder, channels=channels, window=1)
+            WindowRing(folder, source.layout, source.max_bytes).append(X.astype(np.float32))
+            return source
+        case "custom":
+            (folder / "their_source.py").write_text(THEIR_SOURCE)
+            return Custom(class_=folder / "their_source:Theirs", options={"first": 1.0})
+    raise AssertionError(f"say here how to make a source of kind {kind!r}")
+
+
+THEIR_SOURCE: Final = """
+from edge_agent.data_sources import Examples
+
+class Theirs:
+    def __init__(self, first):
+        self.first = first
+
+    def stamp(self):
+        return self.first
+
+    def examples(self):
+        return Examples(inputs=[[self.first, 2], [3, 4], [5, 6]], targets=[0, 1, 0])
+"""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_gives_contiguous_examples_in_the_plans_dtypes(kind: str, tmp_path: Path) -> None:
+    reader = a_source(kind, tmp_path).opened()
+    dataset = reader.load(AUTOENCODER)
+    assert dataset.inputs[0].tolist() == X.tolist()
+    assert dataset.inputs[0].dtype == np.float32
+    assert dataset.inputs[0].flags.c_contiguous
+    assert dataset.targets is None
+    assert dataset.skipped == ()
+    check_dataset(AUTOENCODER, dataset)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "sensor"])
+def test_every_kind_but_a_sensor_gives_labels(kind: str, tmp_path: Path) -> None:
+    dataset = a_source(kind, tmp_path).opened().load(CLASSES)
+    assert dataset.targets is not None
+    assert dataset.targets.tolist() == [0, 1, 0]
+    check_dataset(CLASSES, dataset)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_has_no_new_examples_until_some_come(kind: str, tmp_path: Path) -> None:
+    reader = a_source(kind, tmp_path).opened()
+    first = reader.load(AUTOENCODER)
+    assert first.new_since(0) == 3
+    assert reader.load(AUTOENCODER).new_since(first.newest) == 0
+    stamp = reader.changed_since(None)
+    assert stamp is not None
+    assert reader.changed_since(stamp) is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_refuses_a_plan_of_other_shapes(kind: str, tmp_path: Path) -> None:
+    wide = msgspec.structs.replace(AUTOENCODER, inputs=(floats("x0", 7),))
+    with pytest.raises(DataError, match="7"):
+        a_source(kind, tmp_path).opened().load(wide)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_says_how_many_examples_a_training_needs(kind: str, tmp_path: Path) -> None:
+    source = a_source(kind, tmp_path)
+    assert (source.min_examples, source.min_new_examples) == (1, 0)

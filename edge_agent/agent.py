@@ -8,40 +8,54 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from itertools import count
-from typing import Final
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
 
 import numpy as np
 
 from edge_agent.data_sources import DataError
 from edge_agent.dataset import Dataset
-from edge_agent.fetch import Fetcher, FetchFailed
+from edge_agent.evaluation import Evaluate, InAThread
+from edge_agent.fetch import Fetcher, FetchFailed, Superseded
+from edge_agent.hold_out import HoldOut, Split
+from edge_agent.kept_state import KeptFile, with_own_statistics
 from edge_agent.local_update import Author, TrainingDiverged, sealed_update
 from edge_agent.mailbox import Mailbox, SealedHead
 from edge_agent.model_slots import InstalledModel, ModelSlots, WrongModel
+from edge_agent.models import Models
+from edge_agent.new_examples import FIRST_LOOK_S, LONGEST_LOOK_S, Shortage, TrainedTo, shortage
 from edge_agent.outbox import Outbox, Pending
 from edge_agent.plan_guard import PlanRefused
-from edge_agent.plan_runtime import LocalResult, Trainer
+from edge_agent.plan_runtime import LocalResult, MemoryLimitExceeded, StepDeadlineExceeded, Trainer
 from edge_agent.plan_session import StepFailed
-from edge_agent.settings import AgentSettings
-from fedtide.wire import frame, topics
-from fedtide.wire.chunks import chunk_bytes, update_chunks
+from edge_agent.plan_trial import PlanTrial
+from edge_agent.reports import Reports, trouble
+from edge_agent.sender import Sender, Tally
+from edge_agent.settings import KEPT_FILE, MODELS_DIRECTORY, TRIAL_FILE, AgentSettings
 from fedtide.wire.errors import UnknownCodec, WireError
-from fedtide.wire.link import Connection, Dial, LinkDown, PublishRefused
-from fedtide.wire.messages import Head, MissingChunks, Reason, Receipt, TrainingEvent, Verdict
+from fedtide.wire.link import Dial, LinkDown, PublishRefused
+from fedtide.wire.messages import EvaluationEvent, Head, TrainingEvent
 from fedtide.wire.plan import Plan, PlanManifest
 from fedtide.wire.signatures import PublicKey, SigningKey
+from fedtide.wire.training import Training
 
 log = logging.getLogger(__name__)
 
-_LONGEST_RECEIPT_WAIT_S: Final = 120.0
-_REPORT_EVERY_S: Final = 5.0  # every update carries its loss anyway; a fast device need not say it twice
 _AFTER_FETCH_TROUBLE_S: Final = 1.0
 _AFTER_LASTING_TROUBLE_S: Final = 30.0
 _LASTING_TROUBLE: Final = (PlanRefused, DataError, TrainingDiverged, StepFailed, UnknownCodec, ValueError)
 """What will most likely be the same the next time; a person, or a newer head, has to change something."""
+_EVENTS: Final[tuple[tuple[type[Exception], str], ...]] = (
+    (PlanRefused, "plan.refused"),
+    (DataError, "data.unusable"),
+    (TrainingDiverged, "training.diverged"),
+    (StepDeadlineExceeded, "step.deadline"),
+    (MemoryLimitExceeded, "step.memory"),
+    (StepFailed, "step.failed"),
+    (Exception, "training.failed"),
+)
+"""What logs and reports call it: the first that fits."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +68,9 @@ class Workbench:
         trainer: makes, or finds, the trainer of a plan. Raises ``PlanRefused``.
         compute: runs the training, in a thread or at a simulated pace.
         rng: draws the order of examples and the waits.
+        evaluate: evaluates on the examples held out.
         sync: whether files are synced to disk.
+        beside: what runs as long as the agent, such as listening to sensors.
     """
 
     dial: Dial
@@ -62,20 +78,9 @@ class Workbench:
     trainer: Callable[[Plan], Trainer]
     compute: Callable[[Callable[[], LocalResult]], Awaitable[LocalResult]]
     rng: np.random.Generator
+    evaluate: Evaluate = field(default_factory=InAThread)
     sync: bool = True
-
-
-@dataclass
-class Tally:
-    """What one agent has done since it started."""
-
-    trained: int = 0
-    sent: int = 0
-    """Attempts to send an update, repetitions included."""
-    resent: int = 0
-    applied: int = 0
-    duplicate: int = 0
-    rejected: int = 0
+    beside: Callable[[], Coroutine[Any, Any, None]] | None = None
 
 
 class Agent:
@@ -96,30 +101,40 @@ class Agent:
         self._bench = bench
         self._author = Author(settings.device, key)
         self._outbox = Outbox(settings.state / "outbox", time.time, sync=bench.sync)
-        self._slots = ModelSlots(settings.state / "models", coordinator, sync=bench.sync)
-        self._fetcher = Fetcher(settings.fleet, settings.max_model_bytes)
+        slots = ModelSlots(settings.state / MODELS_DIRECTORY, coordinator, sync=bench.sync)
+        fetcher = Fetcher(settings.fleet, settings.max_model_bytes)
         self._mailbox = Mailbox(
             settings,
             coordinator=coordinator,
             public=key.public,
-            fetcher=self._fetcher,
+            fetcher=fetcher,
             dial=bench.dial,
             rng=bench.rng,
         )
-        self._model = self._slots.newest()
-        if self._model is not None:
-            self._mailbox.never_below(self._model.head)
+        self._models = Models(settings.inference, slots, self._mailbox, fetcher)
+        self._reports = Reports(settings.fleet, settings.device, self._mailbox)
+        self._hold_out = HoldOut()
+        self._kept = KeptFile(settings.state / KEPT_FILE, sync=bench.sync)
+        self._trial = PlanTrial(settings.state / TRIAL_FILE, sync=bench.sync)
+        self._evaluated_version: int | None = None
         self._trained_version: int | None = None
+        self._trained_to = TrainedTo(settings.state / "trained-to", sync=bench.sync)
+        self._short = False  # of examples, when last looked at
+        self._look_after = self._look_wait_s = 0.0
         self._rest_until = 0.0
-        self._report_after = 0.0
+        self._asked_at = 0.0
         self.tally = Tally()
+        self._sender = Sender(settings, self._outbox, self._mailbox, bench.rng, self.tally)
 
     async def run(self) -> None:
         """Work until cancelled; then say goodbye. What is unfinished goes on after the next start."""
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._mailbox.run(), name=f"{self._settings.device}.mailbox")
+                group.create_task(self._reports.run(), name=f"{self._settings.device}.reports")
                 group.create_task(self._work(), name=f"{self._settings.device}.work")
+                if self._bench.beside is not None:
+                    group.create_task(self._bench.beside(), name=f"{self._settings.device}.beside")
         finally:
             await self._mailbox.say_goodbye()
 
@@ -133,135 +148,184 @@ class Agent:
                 pending = self._outbox.oldest()
                 if pending is not None:
                     await self._deliver(pending)
-                await asyncio.sleep(self._rest_until - time.monotonic())
-                await self._train_on(await self._model_to_train_on())
-            except LinkDown:
-                continue  # the mailbox is dialling
+                await self._take_in(await self._mailbox.head(self._is_wanted, self._look_again_in_s))
+            except (LinkDown, Superseded):
+                continue  # the mailbox is dialling, or has a newer head
             except PublishRefused as error:
                 await self._rest_after("publish.refused", error, _AFTER_LASTING_TROUBLE_S)
             except _LASTING_TROUBLE as error:
-                await self._rest_after("training.failed", error, _AFTER_LASTING_TROUBLE_S)
+                event = next(name for kind, name in _EVENTS if isinstance(error, kind))
+                await self._rest_after(event, error, _AFTER_LASTING_TROUBLE_S)
             except (FetchFailed, WrongModel, WireError) as error:
                 await self._rest_after("fetch.failed", error, _AFTER_FETCH_TROUBLE_S)
 
     async def _rest_after(self, event: str, error: Exception, longest_s: float) -> None:
         log.error("%s: %s", self._settings.device, error, extra={"event": event})
+        newest = self._models.newest
+        self._reports.tell_trouble(trouble(event, error, newest.head.version if newest else None))
         await asyncio.sleep(float(self._bench.rng.uniform(0.5, 1.0)) * longest_s)
 
-    async def _model_to_train_on(self) -> InstalledModel:
-        """The newest model, once there is one to train on.
+    async def _deliver(self, pending: Pending) -> None:
+        """Send an update until its receipt comes, or until a newer one shall take its place."""
+        rest_s = await self._sender.deliver(pending)
+        if rest_s is None:
+            self._trained_version = None
+        else:
+            self._rest_until = time.monotonic() + rest_s
+
+    def _look_again_in_s(self) -> float | None:
+        """Seconds until time alone may change whether a head is wanted; None: it will not."""
+        moments = (self._rest_until, self._look_after, *self._models.turning_points)
+        # After the question began, not after now: one that has passed since would be missed for ever.
+        due = min((moment for moment in moments if moment > self._asked_at), default=None)
+        return None if due is None else max(0.0, due - time.monotonic())
+
+    def _is_wanted(self, head: Head) -> bool:
+        self._asked_at = time.monotonic()
+        return self._is_to_train_on(head) or self._is_to_evaluate(head) or self._models.wants_release(head)
+
+    async def _take_in(self, newest: SealedHead) -> None:
+        """Install what a head names, evaluate it, train on it: as far as each is due.
 
         Raises:
-            LinkDown, FetchFailed, WrongModel, WireError: it could not be had now.
+            LinkDown, FetchFailed, WrongModel, WireError: the model could not be had now.
         """
-        newest = await self._mailbox.head(self._is_to_train_on)
-        if self._model is None or newest.head.order > self._model.head.order:
-            self._model = await self._install(newest)
-        return self._model
+        head = newest.head
+        to_train = self._is_to_train_on(head)
+        model = None
+        if to_train or self._is_to_evaluate(head):
+            model = await self._models.install(newest, idle=not to_train)
+        if self._models.wants_release(head):
+            await self._models.keep_release(newest)
+        if model is not None:
+            self._trial.check(model.plan.id)
+            await self._evaluate(model)
+            if to_train:
+                await self._train_on(model)
+
+    def _short_of_examples(self) -> bool:
+        """Whether there are too few examples to train, before anything is fetched. Looks now and then."""
+        model = self._models.newest
+        if model is None or not (self._short or self._settings.data.min_new_examples):
+            return False
+        if time.monotonic() < self._look_after:
+            return True
+        manifest = model.plan.manifest
+        try:
+            missing = self._shortage(self._bench.examples(manifest), manifest)
+        except DataError:
+            return False  # of this plan, perhaps not of the next; the training will tell
+        self._short = missing is not None
+        if missing is None:
+            self._look_wait_s = 0.0
+            return False
+        if not self._look_wait_s:
+            log.info("Waiting: there are %s", missing, extra={"event": "examples.awaited"})
+        self._look_wait_s = min(2 * self._look_wait_s, LONGEST_LOOK_S) or FIRST_LOOK_S
+        self._look_after = time.monotonic() + self._look_wait_s
+        return True
+
+    def _shortage(self, dataset: Dataset, manifest: PlanManifest) -> Shortage | None:
+        data = self._settings.data
+        return shortage(
+            dataset,
+            needed=max(data.min_examples, manifest.min_batch),
+            needed_new=data.min_new_examples,
+            trained_to=self._trained_to.mark,
+        )
 
     def _is_to_train_on(self, head: Head) -> bool:
         again = self._settings.training.same_version_again
-        return head.training and (again or head.version != self._trained_version)
+        return (
+            head.training
+            and (again or head.version != self._trained_version)
+            and time.monotonic() >= self._rest_until
+            and not self._short_of_examples()
+        )
 
-    async def _install(self, newest: SealedHead) -> InstalledModel:
-        connection = await self._mailbox.connected()
-        head = newest.head
-        plan_blob = self._slots.plan_blob(head.plan)
-        if plan_blob is None:
-            plan_blob = await self._fetcher.fetch(connection, head.plan_blob)
-        content = await self._fetcher.fetch(connection, head.full_blob)
-        model = self._slots.install(newest.sealed, head, plan_blob, content)
-        self._mailbox.never_below(head)
-        return model
+    def _is_to_evaluate(self, head: Head) -> bool:
+        newest = self._models.newest
+        if newest is None or newest.head.plan != head.plan or head.version == self._evaluated_version:
+            return False
+        share = self._training(newest.plan.manifest).evaluation_share
+        return share > 0 and (self._models.holds(head) or self._models.may_fetch_idly())
+
+    def _training(self, manifest: PlanManifest) -> Training:
+        return self._settings.training.applied_to(manifest.training)
+
+    def _split(self, dataset: Dataset, manifest: PlanManifest) -> Split:
+        return self._hold_out.split(dataset, self._training(manifest).evaluation_share)
+
+    async def _evaluate(self, model: InstalledModel) -> None:
+        """Evaluate a version on the examples held out, once, and report it."""
+        manifest, version = model.plan.manifest, model.head.version
+        if version == self._evaluated_version or not self._training(manifest).evaluation_share:
+            return
+        held_out = self._split(self._bench.examples(manifest), manifest).held_out
+        self._evaluated_version = version  # whatever comes of it: training must not wait for ever
+        if held_out is None:
+            return
+        own = with_own_statistics(manifest, model.parameters, self._kept.of(model.plan))
+        found = await self._bench.evaluate(model.plan, own, held_out)
+        if not math.isfinite(found.loss) or not math.isfinite(found.metric or 0.0):
+            log.warning("Version %d evaluates to loss %g", version, found.loss,
+                        extra={"event": "evaluation.not_finite"})  # fmt: skip
+            return
+        self._reports.tell(
+            EvaluationEvent(
+                version=version, num_examples=found.num_examples, loss=found.loss, metric=found.metric
+            )
+        )
 
     async def _train_on(self, model: InstalledModel) -> None:
         manifest = model.plan.manifest
-        trainer = self._bench.trainer(model.plan)
         dataset = self._bench.examples(manifest)
-        training = self._settings.training.applied_to(manifest.training)
+        self._short = self._shortage(dataset, manifest) is not None
+        if self._short:
+            return
+        examples = self._split(dataset, manifest).training
+        if not len(examples):
+            raise DataError(
+                f"all {len(dataset)} examples are held out; more of them, or a smaller evaluation_share, "
+                "would leave some to train on"
+            )
+        training = self._training(manifest)
+        version, kept = model.head.version, self._kept.of(model.plan)
         began = time.monotonic()
-        result = await self._bench.compute(
-            lambda: trainer.run_epochs(model.parameters, dataset, training, self._bench.rng)
-        )
+        with self._trial.update(model.plan.id):
+            trainer = self._bench.trainer(model.plan)
+            result = await self._bench.compute(
+                lambda: trainer.run_epochs(
+                    model.parameters, examples, training, self._bench.rng, version=version, kept=kept
+                )
+            )
         counter = self._outbox.reserve()
-        envelope = sealed_update(model, result, self._author, counter, time.time())
+        try:
+            envelope = sealed_update(model, result, self._author, counter, time.time())
+        except TrainingDiverged:
+            self._kept.keep(model.plan, replace(kept, optimizer=()))  # it may be the cause
+            raise
         self._outbox.put(counter, envelope)
+        self._kept.keep(model.plan, result.kept)
         self._trained_version = model.head.version
+        if self._settings.data.min_new_examples:
+            self._trained_to.note(dataset.newest)
         self.tally.trained += 1
         log.info(
             "Trained on version %d: %d examples, loss %.4f", model.head.version, result.num_examples,
             result.loss, extra={"event": "training.done"},
         )  # fmt: skip
-        await self._report(model.head, result, time.monotonic() - began)
+        self._report(model.head, result, time.monotonic() - began)
 
-    async def _report(self, head: Head, result: LocalResult, seconds: float) -> None:
-        """Tell what the training saw, now and then, at most once: metrics may be lost."""
-        connection, now = self._mailbox.connection, time.monotonic()
-        if connection is None or not math.isfinite(result.loss) or now < self._report_after:
-            return
-        self._report_after = now + _REPORT_EVERY_S
-        event = TrainingEvent(
-            version=head.version,
-            num_examples=result.num_examples,
-            steps=result.steps,
-            seconds=seconds,
-            loss=result.loss,
-            metric=result.metric,
-        )
-        topic = topics.EVENT.name(self._settings.fleet, device=self._settings.device)
-        await connection.publish(topic, frame.to_frame(event), qos=topics.EVENT.qos)
-
-    async def _deliver(self, pending: Pending) -> None:
-        """Send an update until its receipt comes; it stays in the outbox until then.
-
-        An update that was never sent and cannot be for a long time is left: a newer one takes its place.
-        """
-        settings = self._settings
-        for attempt in count():
-            unsent = not self._outbox.was_sent(pending.counter)
-            try:
-                connection = await self._mailbox.online(settings.training.retrain_after_s if unsent else None)
-            except TimeoutError:
-                self._trained_version = None
-                return
-            try:
-                receipt = await self._attempt(connection, pending, attempt)
-            except LinkDown:
-                continue
-            if receipt is None:
-                self.tally.resent += 1
-                continue
-            if receipt.reason is Reason.UNKNOWN_DEVICE:
-                await asyncio.sleep(receipt.retry_after_s)  # until the operator has enrolled this device
-                continue
-            self._rest_until = time.monotonic() + receipt.retry_after_s
-            self._outbox.remove(pending.counter)
-            self._count(receipt)
-            return
-
-    async def _attempt(self, connection: Connection, pending: Pending, attempt: int) -> Receipt | None:
-        """Publish every chunk and wait for the receipt; None: it is time to try again."""
-        device, fleet = self._settings.device, self._settings.fleet
-        topic = topics.UPDATE.name(fleet, shard=topics.shard_of(device, self._mailbox.shards), device=device)
-        chunks = update_chunks(pending.envelope, pending.counter, chunk_bytes(connection.max_packet_bytes))
-        self._outbox.note_sent(pending.counter)
-        self._mailbox.forget_answers()
-        self.tally.sent += 1
-        await asyncio.gather(*(connection.publish(topic, chunk) for chunk in chunks))
-        longest_s = min(_LONGEST_RECEIPT_WAIT_S, self._settings.receipt_timeout_s * 2.0 ** min(attempt, 10))
-        while True:
-            wait_s = longest_s * float(self._bench.rng.uniform(0.75, 1.0))
-            answer = await self._mailbox.answer(pending, connection, wait_s)
-            if not isinstance(answer, MissingChunks):
-                return answer
-            wanted = (chunks[index] for index in answer.indexes if 0 <= index < len(chunks))
-            await asyncio.gather(*(connection.publish(topic, chunk) for chunk in wanted))
-
-    def _count(self, receipt: Receipt) -> None:
-        match receipt.verdict:
-            case Verdict.APPLIED:
-                self.tally.applied += 1
-            case Verdict.DUPLICATE:
-                self.tally.duplicate += 1
-            case Verdict.REJECTED:
-                self.tally.rejected += 1
+    def _report(self, head: Head, result: LocalResult, seconds: float) -> None:
+        if math.isfinite(result.loss):
+            self._reports.tell(
+                TrainingEvent(
+                    version=head.version,
+                    num_examples=result.num_examples,
+                    steps=result.steps,
+                    seconds=seconds,
+                    loss=result.loss,
+                    metric=result.metric,
+                )
+            )

@@ -16,10 +16,15 @@ from fedtide.wire.topics import BLOB_CHUNK
 
 _OUTSTANDING: Final = 4
 _SILENCE_S: Final = 10.0
+_SILENCE_AFTER_A_HEAD_S: Final = 1.0  # the blob may have been cleared, and the new head may name another
 
 
 class FetchFailed(Exception):
     """The chunks did not come: the blob was cleared, or the broker lost it. A newer head names another."""
+
+
+class Superseded(FetchFailed):
+    """A head came meanwhile, and then no more chunks: what it names is to be fetched instead."""
 
 
 @dataclass
@@ -37,6 +42,7 @@ class Fetcher:
     _count: int = 0
     _chunks: dict[int, bytes] = field(default_factory=dict)
     _arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    _head_came: bool = False
 
     def take(self, blob: str, index: int, payload: bytes) -> None:
         """Take a delivered chunk; anything not asked for is ignored."""
@@ -44,15 +50,22 @@ class Fetcher:
             self._chunks[index] = payload
             self._arrived.set()
 
+    def note_head(self) -> None:
+        """A head came: what is being fetched is given up soon after its chunks stop."""
+        self._head_came = True
+        self._arrived.set()
+
     async def fetch(self, connection: Connection, ref: BlobRef) -> bytes:
         """The blob's content, checked.
 
         Raises:
             WireError: the reference or the content is wrong.
-            FetchFailed: nothing came for ten seconds.
+            FetchFailed: nothing came for ten seconds; :class:`Superseded` after one second, where a head came
+                since the fetch began.
             LinkDown: the connection was lost; chunks that came are kept for the next attempt.
         """
         check_ref(ref, self.max_bytes)
+        self._head_came = False
         if ref.id != self._blob:
             self._blob, self._count, self._chunks = ref.id, ref.chunks, {}
         missing = [index for index in range(ref.chunks) if index not in self._chunks]
@@ -68,9 +81,11 @@ class Fetcher:
         try:
             while any(index not in self._chunks for index in indexes):
                 self._arrived.clear()
-                async with asyncio.timeout(_SILENCE_S):
+                async with asyncio.timeout(_SILENCE_AFTER_A_HEAD_S if self._head_came else _SILENCE_S):
                     await self._arrived.wait()
         except TimeoutError:
+            if self._head_came:
+                raise Superseded(f"no chunk of blob {ref.id} came after a newer head") from None
             raise FetchFailed(f"no chunk of blob {ref.id} came for {_SILENCE_S:g} s") from None
         finally:
             await connection.unsubscribe(names)

@@ -4,6 +4,7 @@ It dials, announces the device, and files what arrives; the agent's work loop wa
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import deque
@@ -154,13 +155,22 @@ class Mailbox:
             raise LinkDown("the connection was lost")
         return connection
 
-    async def head(self, wanted: Callable[[Head], bool]) -> SealedHead:
-        """The newest head, once it is one that is wanted."""
+    async def head(
+        self, wanted: Callable[[Head], bool], look_again_s: Callable[[], float | None] = lambda: None
+    ) -> SealedHead:
+        """The newest head, once it is one that is wanted.
+
+        Args:
+            wanted: asked of each newer head, and again of the newest when time has passed.
+            look_again_s: asked whenever a head is not wanted: seconds after which it may be, or None.
+        """
         while True:
             newest = self._newest_head()
             if newest is not None and wanted(newest.head):
                 return newest
-            await self._until(lambda: bool(self._unread_heads))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(look_again_s()):
+                    await self._until(lambda: bool(self._unread_heads))
 
     def forget_answers(self) -> None:
         """Before an update is sent (again): what was answered to an earlier attempt does not count."""
@@ -270,6 +280,7 @@ class Mailbox:
         elif topic == topics.HEAD.name(fleet):
             self._unread_heads.append(delivery.payload)
             self._heads += 1
+            self._fetcher.note_head()
         elif topic == topics.COORDINATOR.name(fleet):
             state = unseal(delivery.payload, CoordinatorState, self._coordinator, COORDINATOR_DOMAIN)
             if self._coordinator_state is None or state.epoch >= self._coordinator_state.epoch:

@@ -1,23 +1,25 @@
 """Model slots: the device's copy of the global model, in two slots, so that one of them is always whole.
 
     a.model  b.model     length of the sealed head, the sealed head, the parameters
+    released.model       the same for the released model: the head that names it, its parameters
     plans/{plan}.plan    the signed plan
 
 A new model replaces the older slot in one step (one rename, two syncs: cheap on an SD card). What is loaded
-is verified again: signature, fingerprint, plan.
+is verified again: signature, fingerprint, plan. Another process may read while the agent writes.
 """
 
 import logging
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from fedtide.wire.durable import write_durably
+from fedtide.wire.durable import sync_directory, write_durably
 from fedtide.wire.errors import WireError
-from fedtide.wire.ids import PlanId
-from fedtide.wire.messages import Head
-from fedtide.wire.parameters import Vector, fingerprint, from_bytes
+from fedtide.wire.ids import Epoch, ModelVersion, PlanId
+from fedtide.wire.messages import Head, Release
+from fedtide.wire.parameters import Vector, fingerprint, from_bytes, to_bytes
 from fedtide.wire.plan import Plan, open_plan
 from fedtide.wire.seal import unseal
 from fedtide.wire.signatures import HEAD_DOMAIN, PublicKey
@@ -25,6 +27,7 @@ from fedtide.wire.signatures import HEAD_DOMAIN, PublicKey
 log = logging.getLogger(__name__)
 
 _SLOTS: Final = ("a", "b")
+_RELEASED: Final = "released"
 _LENGTH: Final = struct.Struct("<I")
 
 
@@ -44,6 +47,28 @@ class InstalledModel:
 
 
 @dataclass(frozen=True)
+class ReleasedModel:
+    """A complete, verified model for inference.
+
+    Attributes:
+        head: the one that names it.
+        release: what it is.
+        plan: how to run it.
+        parameters: read-only float32 vector of the plan's schema.
+    """
+
+    head: Head
+    release: Release
+    plan: Plan
+    parameters: Vector
+
+    @property
+    def order(self) -> tuple[Epoch, ModelVersion]:
+        """Newer releases compare greater: by the coordinator's epoch, then by version."""
+        return self.head.epoch, self.release.version
+
+
+@dataclass(frozen=True)
 class _OpenedPlan:
     """A verified plan with the blob it came in."""
 
@@ -56,7 +81,7 @@ class WrongModel(Exception):
 
 
 class ModelSlots:
-    """Two slots on disk.
+    """Two slots on disk, and one for the released model.
 
     Args:
         directory: made if it is not there.
@@ -65,12 +90,12 @@ class ModelSlots:
     """
 
     def __init__(self, directory: Path, key: PublicKey, *, sync: bool = True) -> None:
-        (directory / "plans").mkdir(parents=True, exist_ok=True)
         self._directory = directory
         self._key = key
         self._sync = sync
         self._active: str | None = None
-        self._active_plan: PlanId | None = None
+        self._active_head: Head | None = None
+        self._released_plan: PlanId | None = None
         self._opened: _OpenedPlan | None = None
 
     def newest(self) -> InstalledModel | None:
@@ -79,9 +104,36 @@ class ModelSlots:
         if not found:
             return None
         self._active, model = max(found, key=lambda pair: pair[1].head.order)
-        self._active_plan = model.head.plan
+        self._active_head = model.head
         self._opened = _OpenedPlan(self._plan_file(model.head.plan).read_bytes(), model.plan)
         return model
+
+    def released(self) -> ReleasedModel | None:
+        """The released model on disk, or None."""
+        try:
+            sealed, content = _unpack(self._slot_file(_RELEASED).read_bytes())
+            head = unseal(sealed, Head, self._key, HEAD_DOMAIN)
+            opened = self._open(self._plan_file(head.plan).read_bytes())
+            model = _checked_release(head, opened.plan, content)
+        except FileNotFoundError:
+            return None
+        except (WireError, WrongModel) as error:
+            log.warning("The released model is not usable: %s", error, extra={"event": "slot.damaged"})
+            return None
+        self._released_plan = head.plan
+        return model
+
+    def content(self, parameters_sha256: bytes) -> bytes | None:
+        """The bytes of the parameters with this fingerprint, if they are in one of the slots."""
+        found: list[tuple[bytes, Vector]] = [
+            (model.head.parameters_sha256, model.parameters)
+            for slot in _SLOTS
+            if (model := self._load(slot)) is not None
+        ]
+        released = self.released()
+        if released is not None:
+            found.append((released.release.parameters_sha256, released.parameters))
+        return next((to_bytes(vector) for sha256, vector in found if sha256 == parameters_sha256), None)
 
     def plan_blob(self, plan: PlanId) -> bytes | None:
         """A plan's blob, if it is here."""
@@ -97,17 +149,58 @@ class ModelSlots:
             WrongModel: parameters or plan are not the head's.
             WireError: the plan is malformed or not signed.
         """
-        known, opened = self._opened, self._open(plan_blob)
+        opened = self._open(plan_blob)
         model = _checked(head, opened.plan, content)
-        if known is not opened or not self._plan_file(head.plan).exists():
-            write_durably(self._plan_file(head.plan), plan_blob, sync=self._sync)
-            self._forget_other_plans(head.plan)
-        self._opened = opened
+        self._keep_plan(head.plan, opened)
         slot = "b" if self._active == "a" else "a"
         packed = _LENGTH.pack(len(sealed_head)) + sealed_head + content
         write_durably(self._slot_file(slot), packed, sync=self._sync)
-        self._active, self._active_plan = slot, head.plan
+        self._active, self._active_head = slot, head
         return model
+
+    def install_release(
+        self, sealed_head: bytes, head: Head, plan_blob: bytes, content: bytes
+    ) -> ReleasedModel:
+        """Verify the release that a head names, and make it the released model in one step.
+
+        Raises:
+            WrongModel: parameters or plan are not the release's, or the head names none.
+            WireError: the plan is malformed or not signed.
+        """
+        opened = self._open(plan_blob)
+        model = _checked_release(head, opened.plan, content)
+        self._keep_plan(head.plan, opened)
+        if not self._link_active(head):
+            packed = _LENGTH.pack(len(sealed_head)) + sealed_head + content
+            write_durably(self._slot_file(_RELEASED), packed, sync=self._sync)
+        self._released_plan = head.plan
+        return model
+
+    def _link_active(self, head: Head) -> bool:
+        """Where the newest model is what its head releases, a second name for its file saves writing it."""
+        itself = head.release is not None and head.release.parameters_sha256 == head.parameters_sha256
+        if self._active is None or head != self._active_head or not itself:
+            return False
+        target = self._slot_file(_RELEASED)
+        link = target.with_name(target.name + ".new")
+        try:
+            link.unlink(missing_ok=True)
+            os.link(self._slot_file(self._active), link)
+        except OSError:
+            return False  # a file system without links
+        link.replace(target)
+        link.unlink(missing_ok=True)  # renaming a file onto another name of itself does nothing
+        if self._sync:
+            sync_directory(self._directory)
+        return True
+
+    def _keep_plan(self, plan: PlanId, opened: _OpenedPlan) -> None:
+        """Write a plan's file, unless it is the one in use."""
+        if opened is not self._opened or not self._plan_file(plan).exists():
+            (self._directory / "plans").mkdir(parents=True, exist_ok=True)
+            write_durably(self._plan_file(plan), opened.blob, sync=self._sync)
+            self._forget_other_plans(plan)
+        self._opened = opened
 
     def _open(self, blob: bytes) -> _OpenedPlan:
         """Open a plan's blob, unless it is the one in use."""
@@ -116,8 +209,9 @@ class ModelSlots:
         return _OpenedPlan(blob, open_plan(blob, self._key))
 
     def _forget_other_plans(self, newest: PlanId) -> None:
-        """Keep the plans of the newest model and of the one in use; a disk is not for history."""
-        kept = {self._plan_file(plan) for plan in (newest, self._active_plan) if plan is not None}
+        """Keep the plans of the newest model, the one in use and the released one: a disk is no history."""
+        active = self._active_head.plan if self._active_head else None
+        kept = {self._plan_file(plan) for plan in (newest, active, self._released_plan) if plan is not None}
         for file in (self._directory / "plans").glob("*.plan"):
             if file not in kept:
                 file.unlink()
@@ -150,11 +244,27 @@ def _unpack(packed: bytes) -> tuple[bytes, bytes]:
 
 
 def _checked(head: Head, plan: Plan, content: bytes) -> InstalledModel:
-    if plan.id != head.plan:
-        raise WrongModel(f"the plan is {plan.id}; the head names {head.plan}")
+    return InstalledModel(
+        head, plan, _checked_parameters(head.plan, plan, content, head.version, head.parameters_sha256)
+    )
+
+
+def _checked_release(head: Head, plan: Plan, content: bytes) -> ReleasedModel:
+    release = head.release
+    if release is None:
+        raise WrongModel(f"the head of version {head.version} names no release")
+    parameters = _checked_parameters(head.plan, plan, content, release.version, release.parameters_sha256)
+    return ReleasedModel(head, release, plan, parameters)
+
+
+def _checked_parameters(
+    wanted: PlanId, plan: Plan, content: bytes, version: ModelVersion, parameters_sha256: bytes
+) -> Vector:
+    if plan.id != wanted:
+        raise WrongModel(f"the plan is {plan.id}; the head names {wanted}")
     if len(content) != plan.manifest.schema.size * 4:
         raise WrongModel(f"{len(content):,} bytes of parameters; the plan has {plan.manifest.schema.size:,}")
     parameters = from_bytes(content)
-    if fingerprint(parameters) != head.parameters_sha256:
-        raise WrongModel(f"the parameters do not have the fingerprint of version {head.version}")
-    return InstalledModel(head, plan, parameters)
+    if fingerprint(parameters) != parameters_sha256:
+        raise WrongModel(f"the parameters do not have the fingerprint of version {version}")
+    return parameters

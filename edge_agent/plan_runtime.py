@@ -2,8 +2,12 @@
 
 One training step is one run of the train graph. Two sets of state tensors take turns as its input and output,
 so nothing is allocated or copied between steps, and a step costs little more than its arithmetic.
+
+A plan is bounded: each step has a deadline and each graph so much working memory, see
+:mod:`edge_agent.plan_watchdog` and :mod:`edge_agent.plan_session`.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -12,24 +16,28 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from edge_agent.dataset import Array, Dataset
+from edge_agent.class_weights import class_weights
+from edge_agent.dataset import Dataset
+from edge_agent.kept_state import NOTHING_KEPT, Kept, own_tensors, with_own_statistics
+from edge_agent.plan_evaluation import Evaluation, Evaluator
 from edge_agent.plan_guard import PlanRefused, check
 from edge_agent.plan_session import (
+    MemoryLimitExceeded,
+    StepDeadlineExceeded,
     StepFailed,
-    check_arrays,
     check_dataset,
-    check_evaluation_interface,
     check_parameters,
     check_shared_memory,
     check_train_interface,
     open_session,
-    run,
     session_options,
-    shared,
+    step_failed,
 )
-from edge_agent.plan_step import State, StepDeadlineExceeded, Stepper, Watchdog
+from edge_agent.plan_step import Given, State, Stepper
+from edge_agent.plan_watchdog import GiveUp, Watchdog, bounds
+from fedtide.wire.ids import ModelVersion
 from fedtide.wire.parameters import Vector
-from fedtide.wire.plan import Plan
+from fedtide.wire.plan import Plan, PlanManifest
 from fedtide.wire.training import Training
 
 __all__ = [
@@ -37,6 +45,7 @@ __all__ = [
     "Evaluation",
     "Evaluator",
     "LocalResult",
+    "MemoryLimitExceeded",
     "PlanRefused",
     "StepDeadlineExceeded",
     "StepFailed",
@@ -44,6 +53,7 @@ __all__ = [
 ]
 
 
+_FIRST_VERSION: Final = ModelVersion(0)
 _KEPT_STEPPERS: Final = 8  # each holds one batch
 
 
@@ -52,12 +62,14 @@ class LocalResult:
     """What local training gave.
 
     Attributes:
-        parameters: the trained vector, shape ``(schema.size,)``; a copy of its own.
+        parameters: the trained vector, shape ``(schema.size,)``; a copy of its own. Buffers that each device
+            has for itself are in it as they were given.
         num_examples: distinct examples trained on.
         steps: optimizer steps taken; 0 when stopped before the first.
         loss: mean over the examples of the last epoch begun, NaN without a step. May be infinite or NaN
             when training diverged.
         metric: the same mean of the plan's metric, or None if it has none.
+        kept: what the device is to keep for its next update on this plan; copies.
     """
 
     parameters: Vector
@@ -65,40 +77,45 @@ class LocalResult:
     steps: int
     loss: float
     metric: float | None
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Means over ``num_examples`` examples; ``metric`` is None if the plan has none."""
-
-    loss: float
-    metric: float | None
-    num_examples: int
+    kept: Kept = NOTHING_KEPT
 
 
 class Trainer:
     """Trains from given parameters on a dataset, for one plan. Not for several threads at once.
 
+    It remembers nothing of an update: devices may share one.
+
     Args:
         plan: checked here again before onnxruntime sees it.
         threads: threads of one step; 1 is fastest on a busy or small machine.
         seed: makes dropout masks reproducible; None draws others each time. Process-wide in onnxruntime.
+        memory_bytes: lowers the plan's own limit of working memory.
+        give_up: see :data:`edge_agent.plan_watchdog.GiveUp`.
 
     Raises:
-        PlanRefused: the guard or onnxruntime refuses the plan, or it does not match its manifest.
+        PlanRefused: the guard or onnxruntime refuses the plan, it does not match its manifest, or opening it
+            takes too long.
     """
 
-    def __init__(self, plan: Plan, threads: int = 1, seed: int | None = None) -> None:
-        check(plan)
+    def __init__(
+        self,
+        plan: Plan,
+        threads: int = 1,
+        seed: int | None = None,
+        *,
+        memory_bytes: int | None = None,
+        give_up: GiveUp | None = None,
+    ) -> None:
+        nodes = check(plan)
         if seed is not None:
             onnxruntime.set_seed(seed)
         self.plan = plan
-        self._session = open_session(plan.train, session_options(threads))
+        self._bounds = bounds(plan.manifest.limits, memory_bytes, give_up)
+        self._session = open_session(plan.train, session_options(threads), self._bounds, nodes.train)
         check_train_interface(self._session, plan.manifest)
         check_shared_memory()
         self._sides = (State(plan.manifest), State(plan.manifest))
-        self._learning_rate = np.zeros((), np.float32)
-        self._learning_rate_input = shared(self._learning_rate)
+        self._given = Given.memory(plan.manifest)
         self._steppers: dict[int, Stepper] = {}
 
     def run_epochs(
@@ -108,8 +125,12 @@ class Trainer:
         training: Training,
         rng: np.random.Generator,
         should_stop: Callable[[], bool] = lambda: False,
+        *,
+        version: ModelVersion = _FIRST_VERSION,
+        kept: Kept = NOTHING_KEPT,
+        clock: Callable[[], float] = time.monotonic,
     ) -> LocalResult:
-        """Train for ``training.local_epochs`` epochs, optimizer state starting at zero.
+        """Train for ``training.local_epochs`` epochs, or until one of its limits ends it.
 
         Examples are shuffled anew each epoch. The last batch of an epoch may be smaller; it is left out if it
         has fewer examples than the plan's ``min_batch``.
@@ -117,48 +138,84 @@ class Trainer:
         Args:
             parameters: float32, shape ``(schema.size,)``; never written to.
             dataset: at least ``min_batch`` examples, with the plan's dtypes and shapes.
-            training: epochs, batch size, learning rate, most steps.
+            training: how to.
             rng: draws the order of the examples.
             should_stop: asked before every step; when true, the result covers the steps so far.
+            version: of the parameters; the learning rate follows it.
+            kept: what this device kept after its last update on this plan. Its optimizer state counts only
+                if ``training`` keeps that.
+            clock: monotonic seconds, for ``training.max_seconds``, of which at least one step is taken.
 
         Raises:
-            ValueError: the dataset or the parameters do not fit the plan.
-            StepFailed: onnxruntime stopped a step; :class:`StepDeadlineExceeded` if it took too long.
+            ValueError: the dataset or the parameters do not fit the plan, or ``training`` asks for what the
+                plan was built without.
+            StepFailed: onnxruntime stopped a step; :class:`StepDeadlineExceeded` if it took too long,
+                :class:`MemoryLimitExceeded` if it needed too much memory.
         """
-        manifest = self.plan.manifest
-        check_dataset(manifest, dataset)
-        check_parameters(manifest, parameters)
-        if min(len(dataset), training.batch_size) < manifest.min_batch:
-            raise ValueError(
-                f"{len(dataset)} examples in batches of {training.batch_size}; "
-                f"this plan needs at least {manifest.min_batch} in a batch"
-            )
-        front, back = self._sides
-        front.start(parameters)
-        back.start(parameters)
-        self._learning_rate[...] = training.learning_rate
-        tally = _Tally()
-        steps = examples = 0
-        with Watchdog(manifest.limits.step_deadline_s) as watchdog:
-            for epoch, rows in _batches(len(dataset), training, manifest.min_batch, rng):
-                if steps == training.max_steps or should_stop():
+        check_dataset(self.plan.manifest, dataset)
+        check_parameters(self.plan.manifest, parameters)
+        _check_training(self.plan.manifest, training, len(dataset))
+        self._start(parameters, dataset, training, version, kept)
+        seen, tally = np.zeros(len(dataset), np.bool_), _Tally()
+        steps, began = 0, clock()
+
+        def is_enough() -> bool:
+            late = training.max_seconds is not None and clock() - began >= training.max_seconds
+            return steps == training.max_steps or (late and steps > 0) or should_stop()
+
+        with Watchdog(self._bounds) as watchdog:
+            for epoch, rows in _batches(len(dataset), training, self.plan.manifest.min_batch, rng):
+                if is_enough():
                     break
-                size = len(rows)
-                stepper = self._stepper(size)
-                stepper.step(steps & 1, dataset.arrays, rows, watchdog)
+                stepper = self._stepper(len(rows))
+                try:
+                    stepper.step(steps & 1, dataset.arrays, rows, watchdog)
+                except Exception as error:  # onnxruntime's exceptions have no common base but this one
+                    raise step_failed(error, self._bounds, expired=watchdog.expired) from error
                 steps += 1
+                seen[rows] = True
                 if epoch != tally.epoch:
                     tally = _Tally(epoch)
-                tally.add(size, stepper)
-                examples += size
-        trained = self._sides[steps & 1].parameters.copy()
+                tally.add(len(rows), stepper)
+        trained, newly_kept = self._ended(self._sides[steps & 1], parameters, training)
         return LocalResult(
             parameters=trained,
-            num_examples=min(examples, len(dataset)),
+            num_examples=int(np.count_nonzero(seen)),
             steps=steps,
             loss=tally.loss,
-            metric=tally.metric if manifest.metric is not None else None,
+            metric=tally.metric if self.plan.manifest.metric is not None else None,
+            kept=newly_kept,
         )
+
+    def _start(
+        self, parameters: Vector, dataset: Dataset, training: Training, version: ModelVersion, kept: Kept
+    ) -> None:
+        """Fill the memory that the first step reads; it writes all of the other side's."""
+        manifest, given = self.plan.manifest, self._given
+        optimizer = kept.optimizer if training.optimizer_state == "keep" else ()
+        self._sides[0].start(with_own_statistics(manifest, parameters, kept), optimizer, kept.counters)
+        given.learning_rate[...] = training.learning_rate_at(version)
+        given.proximal[...] = training.proximal
+        if len(given.anchors):
+            given.anchors[:] = parameters
+        if manifest.class_weights is not None and dataset.targets is not None:
+            given.class_weights[:] = class_weights(
+                training.class_weights, len(given.class_weights), dataset.targets
+            )
+
+    def _ended(self, side: State, base: Vector, training: Training) -> tuple[Vector, Kept]:
+        """The trained parameters, and what is the device's own."""
+        manifest = self.plan.manifest
+        trained = side.parameters.copy()
+        own = tuple(own_tensors(manifest))
+        kept = Kept(
+            optimizer=_copies(side.optimizer) if training.optimizer_state == "keep" else (),
+            statistics=tuple(trained[place].copy() for _, place in own),
+            counters=_copies(side.counters) if manifest.buffers == "local" else (),
+        )
+        for _, place in own:
+            trained[place] = base[place]
+        return trained, kept
 
     def _stepper(self, size: int) -> Stepper:
         """The stepper for batches of this size: one for full batches, a few for the last of an epoch."""
@@ -166,96 +223,9 @@ class Trainer:
         if stepper is None:
             if len(self._steppers) >= _KEPT_STEPPERS:
                 self._steppers.clear()
-            stepper = Stepper(self._session, self.plan.manifest, self._sides, size, self._learning_rate_input)
+            stepper = Stepper(self._session, self.plan.manifest, self._sides, self._given, size)
             self._steppers[size] = stepper
         return stepper
-
-
-class Evaluator:
-    """Runs a plan's evaluation graph. Parameters are built into a session, which is kept until they change.
-
-    Args:
-        plan: checked here again before onnxruntime sees it.
-        threads: threads of one run.
-
-    Raises:
-        PlanRefused: the guard refuses the plan.
-    """
-
-    def __init__(self, plan: Plan, threads: int = 1) -> None:
-        check(plan)
-        self.plan = plan
-        self._threads = threads
-        self._held: Vector | None = None
-        self._loaded: onnxruntime.InferenceSession | None = None
-
-    def evaluate(self, parameters: Vector, dataset: Dataset, batch_size: int = 256) -> Evaluation:
-        """Mean loss and metric over a dataset.
-
-        Raises:
-            ValueError: the dataset is empty, or it or the parameters do not fit the plan.
-            StepFailed: onnxruntime stopped a run.
-            PlanRefused: onnxruntime refuses the graph.
-        """
-        check_dataset(self.plan.manifest, dataset)
-        if not len(dataset):
-            raise ValueError("there are no examples to evaluate on")
-        session = self._session(parameters)
-        names = ["loss"] if self.plan.manifest.metric is None else ["loss", "metric"]
-        sums = np.zeros(len(names))
-        for start in range(0, len(dataset), batch_size):
-            batch = dataset.rows(slice(start, start + batch_size))
-            results = run(session, names, self._feed(session, batch.inputs, batch.targets))
-            sums += len(batch) * np.array([float(value) for value in results])
-        means = sums / len(dataset)
-        return Evaluation(float(means[0]), float(means[1]) if len(names) > 1 else None, len(dataset))
-
-    def predict(self, parameters: Vector, inputs: tuple[Array, ...]) -> Array:
-        """The model's output for inputs ``x0`` …, each of shape ``(examples, ...)``, in one batch.
-
-        Raises:
-            ValueError: inputs or parameters do not fit the plan.
-            StepFailed: onnxruntime stopped the run.
-            PlanRefused: onnxruntime refuses the graph.
-        """
-        manifest = self.plan.manifest
-        check_arrays(manifest.inputs, inputs)
-        targets = None
-        if manifest.targets is not None:  # the output does not depend on them
-            rest = tuple(axis or 0 for axis in manifest.targets.shape[1:])
-            targets = np.zeros((len(inputs[0]), *rest), manifest.targets.dtype)
-        session = self._session(parameters)
-        output: Array = run(session, ["out"], self._feed(session, inputs, targets))[0]
-        return output
-
-    def _session(self, parameters: Vector) -> onnxruntime.InferenceSession:
-        """The session with these parameters built in; 2 to 12 ms when they are not those of the last call."""
-        check_parameters(self.plan.manifest, parameters)
-        bits = np.ascontiguousarray(parameters, np.float32).view(np.uint32)  # NaN equals itself as bits
-        if self._loaded is None or self._held is None or not np.array_equal(bits, self._held.view(np.uint32)):
-            self._held, self._loaded = None, None
-            held = parameters.copy()  # onnxruntime reads these bytes for as long as the session lives
-            injected = set(self.plan.manifest.evaluation_state)
-            state = {
-                name: shared(v)
-                for name, v in self.plan.manifest.schema.split(held).items()
-                if name in injected
-            }
-            options = session_options(self._threads)
-            options.add_external_initializers(list(state), list(state.values()))
-            loaded = open_session(self.plan.evaluation, options)
-            check_evaluation_interface(loaded, self.plan.manifest)
-            self._held, self._loaded = held, loaded
-        return self._loaded
-
-    @staticmethod
-    def _feed(
-        session: onnxruntime.InferenceSession, inputs: tuple[Array, ...], targets: Array | None
-    ) -> dict[str, Array]:
-        tensors = {f"x{index}": array for index, array in enumerate(inputs)}
-        if targets is not None:
-            tensors["y"] = targets
-        return {value.name: tensors[value.name] for value in session.get_inputs()}
 
 
 class _Tally:
@@ -281,6 +251,28 @@ class _Tally:
     def metric(self) -> float:
         """Mean by examples; NaN without any."""
         return self._metric / self._examples if self._examples else float("nan")
+
+
+def _check_training(manifest: PlanManifest, training: Training, examples: int) -> None:
+    if min(examples, training.batch_size) < manifest.min_batch:
+        raise ValueError(
+            f"{examples} examples in batches of {training.batch_size}; "
+            f"this plan needs at least {manifest.min_batch} in a batch"
+        )
+    if training.proximal and manifest.proximal_input is None:
+        raise ValueError(
+            f"proximal is {training.proximal:g}, and plan {manifest.name!r} was built without a proximal "
+            "term; build it with Task(proximal=True), or set proximal to 0"
+        )
+    if training.class_weights != "equal" and manifest.class_weights is None:
+        raise ValueError(
+            f"class_weights is {training.class_weights!r}, and plan {manifest.name!r} was built without "
+            'class weights; build it with Task(class_weights=...), or set class_weights to "equal"'
+        )
+
+
+def _copies(arrays: tuple[npt.NDArray[np.generic], ...]) -> tuple[npt.NDArray[np.generic], ...]:
+    return tuple(array.copy() for array in arrays)
 
 
 def _batches(

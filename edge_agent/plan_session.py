@@ -2,16 +2,31 @@
 
 Memory: ``OrtValue.ortvalue_from_numpy`` shares the array's memory on the CPU. Training relies on that, so it
 is checked, and nothing is ever shared that a caller owns.
+
+Each session has an arena of its own, from which the tensors between operators come, and which ends where the
+plan's limit is. onnxruntime takes the size of an arena only with an allocator that is registered for the
+whole process; a session keeps the one that was registered when it was opened, so registering and opening are
+one critical section.
 """
 
+import threading
 from collections.abc import Iterable, Mapping
-from typing import Any, Final
+from typing import Final
 
+import msgspec
 import numpy as np
 import onnxruntime
+from onnxruntime.capi.onnxruntime_pybind11_state import (
+    OrtAllocatorType,
+    OrtArenaCfg,
+    OrtMemoryInfo,
+    OrtMemType,
+    create_and_register_allocator,
+)
 
 from edge_agent.dataset import Array, Dataset
 from edge_agent.plan_guard import PlanRefused
+from edge_agent.plan_watchdog import Bounds, Watchdog
 from fedtide.wire.parameters import TensorSpec, Vector
 from fedtide.wire.plan import PlanManifest
 
@@ -26,8 +41,23 @@ _ORT_TYPES: Final[Mapping[str, str]] = {
 }
 
 
+SHORTEST_OPENING_DEADLINE_S: Final = 30.0
+_CPU_ARENA: Final = OrtMemoryInfo("Cpu", OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, OrtMemType.DEFAULT)
+_NO_ARENA_LEFT: Final = OrtArenaCfg({"max_mem": 1})
+_OUT_OF_ARENA: Final = "is smaller than requested bytes"
+_registering = threading.Lock()
+
+
 class StepFailed(Exception):
     """onnxruntime stopped a run: a label or token outside the model's range, or no memory."""
+
+
+class StepDeadlineExceeded(StepFailed):
+    """One run took longer than the plan's manifest allows."""
+
+
+class MemoryLimitExceeded(StepFailed):
+    """One run needs more working memory than the plan may take on this device."""
 
 
 def session_options(threads: int) -> onnxruntime.SessionOptions:
@@ -41,29 +71,71 @@ def session_options(threads: int) -> onnxruntime.SessionOptions:
     return options
 
 
-def open_session(graph: bytes, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+def open_session(
+    graph: bytes, options: onnxruntime.SessionOptions, bounds: Bounds, nodes: int
+) -> onnxruntime.InferenceSession:
     """Load a graph.
 
-    Raises:
-        PlanRefused: onnxruntime refuses it.
-    """
-    try:
-        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's exceptions have no common base but this one
-        raise PlanRefused(f"onnxruntime refuses the graph: {error}") from error
-
-
-def run(session: onnxruntime.InferenceSession, names: list[str], feed: dict[str, Array]) -> list[Any]:
-    """Run a session and return the named outputs.
+    Args:
+        graph: checked by the guard.
+        options: of :func:`session_options`; extended here.
+        bounds: the memory is the most that one run may work with, and that the constants may take which are
+            computed when opening; the deadline is that of the opening too, unless it is very short.
+        nodes: of the graph, as the guard counted them.
 
     Raises:
-        StepFailed: onnxruntime stopped.
+        PlanRefused: onnxruntime refuses it, or takes too long.
     """
-    try:
-        results: list[Any] = session.run(names, feed)
-    except Exception as error:
-        raise StepFailed(f"onnxruntime stopped a run: {error}") from error
-    return results
+    memory_bytes = bounds.limits.memory_bytes
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    # Constants are computed outside the arena, so each may take its part of what all may take.
+    options.add_session_config_entry(
+        "optimization.constant_folding_max_output_size_in_bytes", str(max(memory_bytes // max(nodes, 1), 1))
+    )
+    patient = Bounds(
+        msgspec.structs.replace(
+            bounds.limits, step_deadline_s=max(bounds.limits.step_deadline_s, SHORTEST_OPENING_DEADLINE_S)
+        ),
+        bounds.give_up,
+    )
+    with Watchdog(patient, lambda: options.set_load_cancellation_flag(True)) as watchdog:
+        try:
+            return _open_with_arena(graph, options, memory_bytes)
+        except Exception as error:  # onnxruntime's exceptions have no common base but this one
+            if watchdog.expired:
+                raise PlanRefused(
+                    f"opening the plan takes longer than {patient.limits.step_deadline_s:g} s; "
+                    "a smaller model, or a longer step_deadline_s in the plan's limits, would help"
+                ) from error
+            raise PlanRefused(f"onnxruntime refuses the graph: {error}") from error
+
+
+def _open_with_arena(
+    graph: bytes, options: onnxruntime.SessionOptions, memory_bytes: int
+) -> onnxruntime.InferenceSession:
+    with _registering:
+        create_and_register_allocator(_CPU_ARENA, OrtArenaCfg({"max_mem": memory_bytes}))
+        try:
+            return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        finally:
+            # Else the process would keep the arena when its session is gone.
+            create_and_register_allocator(_CPU_ARENA, _NO_ARENA_LEFT)
+
+
+def step_failed(error: Exception, bounds: Bounds, *, expired: bool = False) -> StepFailed:
+    """What stopped a run, in words that say what would help; ``expired``: it was the deadline."""
+    if expired:
+        return StepDeadlineExceeded(
+            f"a step takes longer than {bounds.limits.step_deadline_s:g} s; smaller batches, "
+            "or a longer step_deadline_s in the plan's limits, would help"
+        )
+    if _OUT_OF_ARENA in str(error):
+        return MemoryLimitExceeded(
+            f"a step needs more than the {bounds.limits.memory_bytes / 2**20:g} MiB of working memory that "
+            "it may take here; smaller batches would help, or a higher memory_bytes in the plan's limits "
+            "and, if it is set, a higher training.max_memory_mb in this device's agent.toml"
+        )
+    return StepFailed(f"onnxruntime stopped a step: {error}")
 
 
 def shared(array: Array) -> onnxruntime.OrtValue:
@@ -97,8 +169,7 @@ def check_train_interface(session: onnxruntime.InferenceSession, manifest: PlanM
     Raises:
         PlanRefused: another name, dtype or shape.
     """
-    scalar = TensorSpec(name=manifest.learning_rate_input, dtype="float32", shape=())
-    expected = (*_state(manifest), *batch_tensors(manifest), scalar)
+    expected = (*_state(manifest), *batch_tensors(manifest), *_given(manifest))
     _check_inputs("train", session, expected, complete=True)
     outputs = tuple(value.name for value in session.get_outputs())
     metric = () if manifest.metric is None else ("metric",)
@@ -173,6 +244,23 @@ def batch_tensors(manifest: PlanManifest) -> tuple[TensorSpec, ...]:
 def _state(manifest: PlanManifest) -> tuple[TensorSpec, ...]:
     """All tensors that one step replaces."""
     return (*manifest.schema.tensors, *manifest.local_buffers, *manifest.local_state)
+
+
+def _given(manifest: PlanManifest) -> Iterable[TensorSpec]:
+    """What the train graph takes besides the state and the batch."""
+    yield TensorSpec(name=manifest.learning_rate_input, dtype="float32", shape=())
+    if manifest.proximal_input is not None:
+        yield TensorSpec(name=manifest.proximal_input, dtype="float32", shape=())
+        for tensor in manifest.schema.tensors:
+            if tensor.name.startswith("p."):
+                yield TensorSpec(name=anchor_name(tensor.name), dtype="float32", shape=tensor.shape)
+    if manifest.class_weights is not None:
+        yield manifest.class_weights
+
+
+def anchor_name(parameter: str) -> str:
+    """The train graph's input for where a parameter ``p.<name>`` started: ``a.<name>``."""
+    return f"a.{parameter.removeprefix('p.')}"
 
 
 def _check_inputs(

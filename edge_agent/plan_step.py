@@ -1,44 +1,92 @@
-"""One training step at a time: the state tensors, the batch's memory, and the deadline."""
+"""One training step at a time: the state tensors, what each step is given, and the batch's memory."""
 
-import threading
-from types import TracebackType
-from typing import Final, Self
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
 from edge_agent.dataset import Array
-from edge_agent.plan_session import StepFailed, batch_tensors, shared, zeros
+from edge_agent.plan_session import anchor_name, batch_tensors, shared, zeros
+from edge_agent.plan_watchdog import Watchdog
 from fedtide.wire.parameters import Vector
 from fedtide.wire.plan import PlanManifest
 
-_CHECKS_PER_DEADLINE: Final = 4
-_NO_GRAPH_CAPTURE: Final = ("gpu_graph_id", "-1")
-"""Not for a GPU: without this entry onnxruntime 1.31 asks for it at every step and catches its own exception,
-which takes longer than a step of a small model."""
-
-
-class StepDeadlineExceeded(StepFailed):
-    """One step took longer than the plan's manifest allows."""
-
 
 class State:
-    """One set of state tensors in memory that onnxruntime reads and writes directly."""
+    """One set of state tensors in memory that onnxruntime reads and writes directly.
+
+    Attributes:
+        parameters: the aggregated tensors, flat.
+        optimizer: the manifest's ``local_state``.
+        counters: the manifest's ``local_buffers``.
+        values: all of them as onnxruntime's, by name.
+    """
 
     def __init__(self, manifest: PlanManifest) -> None:
         self.parameters: Vector = np.zeros(manifest.schema.size, np.float32)
-        self._local = {
-            tensor.name: zeros(tensor) for tensor in (*manifest.local_buffers, *manifest.local_state)
+        self.optimizer = tuple(zeros(tensor) for tensor in manifest.local_state)
+        self.counters = tuple(zeros(tensor) for tensor in manifest.local_buffers)
+        self.values = {
+            name: shared(array) for name, array in manifest.schema.split(self.parameters).items()
+        } | {
+            tensor.name: shared(array)
+            for tensor, array in (
+                *zip(manifest.local_state, self.optimizer, strict=True),
+                *zip(manifest.local_buffers, self.counters, strict=True),
+            )
         }
-        tensors = {**manifest.schema.split(self.parameters), **self._local}
-        self.values = {name: shared(array) for name, array in tensors.items()}
 
-    def start(self, parameters: Vector) -> None:
-        """Take a copy of the parameters and zero everything else."""
+    def start(self, parameters: Vector, optimizer: tuple[Array, ...], counters: tuple[Array, ...]) -> None:
+        """Take copies of these; what is empty starts at zero."""
         self.parameters[:] = parameters
-        for array in self._local.values():
+        _fill(self.optimizer, optimizer)
+        _fill(self.counters, counters)
+
+
+def _fill(arrays: tuple[Array, ...], values: tuple[Array, ...]) -> None:
+    if not values:
+        for array in arrays:
             array.fill(0)
+        return
+    for array, value in zip(arrays, values, strict=True):
+        array[...] = value
+
+
+@dataclass(frozen=True)
+class Given:
+    """What is the same at every step of one update, in memory that onnxruntime reads directly.
+
+    Attributes:
+        learning_rate: scalar.
+        proximal: scalar, FedProx's μ.
+        anchors: where local training started, flat; empty for a plan without a proximal term.
+        class_weights: shape ``(classes,)``; empty for a plan without class weights.
+        values: those of them that the train graph takes, by its names.
+    """
+
+    learning_rate: npt.NDArray[np.float32]
+    proximal: npt.NDArray[np.float32]
+    anchors: Vector
+    class_weights: Vector
+    values: dict[str, onnxruntime.OrtValue]
+
+    @classmethod
+    def memory(cls, manifest: PlanManifest) -> "Given":
+        """Memory for a plan's."""
+        learning_rate, proximal = np.zeros((), np.float32), np.zeros((), np.float32)
+        values = {manifest.learning_rate_input: shared(learning_rate)}
+        anchors = class_weights = np.zeros(0, np.float32)
+        if manifest.proximal_input is not None:
+            anchors = np.zeros(manifest.schema.size, np.float32)
+            values[manifest.proximal_input] = shared(proximal)
+            for name, array in manifest.schema.split(anchors).items():
+                if name.startswith("p."):
+                    values[anchor_name(name)] = shared(array)
+        if manifest.class_weights is not None:
+            class_weights = zeros(manifest.class_weights)
+            values[manifest.class_weights.name] = shared(class_weights)
+        return cls(learning_rate, proximal, anchors, class_weights, values)
 
 
 class Stepper:
@@ -49,8 +97,8 @@ class Stepper:
         session: onnxruntime.InferenceSession,
         manifest: PlanManifest,
         sides: tuple[State, State],
+        given: Given,
         size: int,
-        learning_rate: onnxruntime.OrtValue,
     ) -> None:
         self._session = session
         specifications = batch_tensors(manifest)
@@ -61,7 +109,7 @@ class Stepper:
             tensor.name: shared(array) for tensor, array in zip(specifications, self._batch, strict=True)
         }
         scalars = {"loss": shared(self.loss), "metric": shared(self.metric)}
-        inputs = {**batch, manifest.learning_rate_input: learning_rate}
+        inputs = batch | given.values
         self._bindings = tuple(
             self._bind(inputs | before.values, {f"{name}'": v for name, v in after.values.items()} | scalars)
             for before, after in (sides, sides[::-1])
@@ -78,50 +126,15 @@ class Stepper:
         return binding
 
     def step(
-        self, side: int, arrays: tuple[Array, ...], rows: npt.NDArray[np.intp], watchdog: "Watchdog"
+        self, side: int, arrays: tuple[Array, ...], rows: npt.NDArray[np.intp], watchdog: Watchdog
     ) -> None:
-        """One optimizer step on these rows, from the state of ``side``."""
+        """One optimizer step on these rows, from the state of ``side``.
+
+        Raises:
+            Exception: onnxruntime stopped it; see :func:`edge_agent.plan_session.step_failed`.
+        """
         for array, batch in zip(arrays, self._batch, strict=True):
             # The rows are in range; mode "raise" would copy every batch once more.
             array.take(rows, axis=0, out=batch, mode="clip")
-        watchdog.steps += 1
-        try:
-            self._session.run_with_iobinding(self._bindings[side], watchdog.options)
-        except Exception as error:
-            if watchdog.options.terminate:
-                raise StepDeadlineExceeded(f"a step took longer than {watchdog.deadline_s} s") from error
-            raise StepFailed(f"onnxruntime stopped a step: {error}") from error
-
-
-class Watchdog:
-    """Stops a step that takes longer than the deadline, at the latest after 1.5 deadlines.
-
-    One thread for the whole run, which looks four times per deadline whether the count of steps has moved;
-    a step itself pays one addition.
-    """
-
-    def __init__(self, deadline_s: float) -> None:
-        self.deadline_s = deadline_s
-        self.options = onnxruntime.RunOptions()
-        self.options.add_run_config_entry(*_NO_GRAPH_CAPTURE)
-        self.steps = 0
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="edge_agent.step_deadline", daemon=True)
-
-    def _watch(self) -> None:
-        seen, looks = self.steps, 0
-        while not self._done.wait(self.deadline_s / _CHECKS_PER_DEADLINE):
-            seen, looks = self.steps, looks + 1 if self.steps == seen else 0
-            if looks > _CHECKS_PER_DEADLINE:
-                self.options.terminate = True
-                return
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._done.set()
-        self._thread.join()
+        watchdog.runs += 1
+        self._session.run_with_iobinding(self._bindings[side], watchdog.options)

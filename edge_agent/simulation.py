@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from edge_agent.agent import Agent, Tally, Workbench
+from edge_agent.agent import Agent, Workbench
 from edge_agent.dataset import Dataset
 from edge_agent.plan_runtime import LocalResult, Trainer
+from edge_agent.sender import Tally
 from edge_agent.settings import AgentSettings
 from fedtide.wire.ids import PlanId
 from fedtide.wire.link import Traffic

@@ -8,7 +8,10 @@ import signal
 import socket
 import sys
 from collections.abc import Coroutine
+from pathlib import Path
 from typing import Any, Final, TypeVar
+
+from fedtide.wire.settings import SettingsError
 
 T = TypeVar("T")
 
@@ -38,6 +41,22 @@ def configure_logs(*, verbose: bool, as_json: bool) -> None:
         JsonLines() if as_json else logging.Formatter("%(asctime)s %(levelname)-7s %(message)s")
     )
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[stream])
+
+
+def work_in_an_empty_directory(directory: Path) -> None:
+    """Make it the process's own, so that what names a file without saying where finds none.
+
+    Every path in use must be absolute. A training plan that names a file is refused before onnxruntime sees
+    it; this is the fence behind that, since onnxruntime looks for such files where the process works.
+
+    Raises:
+        OSError: it cannot be made.
+        SettingsError: there is something in it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    if found := sorted(entry.name for entry in directory.iterdir()):
+        raise SettingsError(f"{directory} must stay empty and holds {found[0]!r}: move it elsewhere")
+    os.chdir(directory)
 
 
 def run_until_signalled(service: Coroutine[Any, Any, T]) -> T | None:

@@ -7,7 +7,7 @@ as an agent uses it; ``test_agent_on_a_broker`` runs the same coordinator over r
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -18,8 +18,9 @@ from edge_agent.agent import Agent, Workbench
 from edge_agent.data_sources import Npz
 from edge_agent.dataset import Dataset
 from edge_agent.plan_runtime import LocalResult, Trainer
-from edge_agent.settings import AgentSettings, LocalTraining
+from edge_agent.settings import AgentSettings, Inference, LocalTraining
 from fedtide.wire import codecs, frame, topics
+from fedtide.wire import messages as wire
 from fedtide.wire.chunks import Assembler, blob_ref, split
 from fedtide.wire.envelope import Envelope, open_update, update_digest
 from fedtide.wire.frame import Message
@@ -118,6 +119,9 @@ class Release:
     training: bool = True
     key: SigningKey = COORDINATOR_KEY
     fleet: FleetId = FLEET
+    released: "Release | None" = None
+    """What this version's head names for inference; its own name: itself."""
+    gate: str = ""
 
     @property
     def parameters(self) -> Vector:
@@ -144,9 +148,24 @@ class Release:
             full_blob=blob_ref(self.content, self.chunk_bytes),
             update_codec=CodecRequest(id=self.codec),
             training=self.training,
+            release=self.release,
             issued=1_700_000_000.0,
             expires=1_700_086_400.0,
         )
+
+    @property
+    def release(self) -> wire.Release | None:
+        released = self.released
+        return released and wire.Release(
+            version=ModelVersion(released.version),
+            parameters_sha256=fingerprint(released.parameters),
+            blob=blob_ref(released.content, released.chunk_bytes),
+            gate=self.gate,
+        )
+
+    def itself(self, gate: str = "") -> "Release":
+        """This version, released by its own head."""
+        return replace(self, released=replace(self, released=None), gate=gate)
 
     @property
     def sealed_head(self) -> bytes:
@@ -155,9 +174,12 @@ class Release:
     def blob_messages(self) -> dict[str, bytes]:
         """The retained chunks by topic."""
         head = self.head
+        blobs = [(head.plan_blob, self.plan_blob), (head.full_blob, self.content)]
+        if self.released is not None and head.release is not None:
+            blobs.append((head.release.blob, self.released.content))
         return {
             topics.BLOB_CHUNK.name(FLEET, blob=ref.id, index=index): piece
-            for ref, content in ((head.plan_blob, self.plan_blob), (head.full_blob, self.content))
+            for ref, content in blobs
             for index, piece in enumerate(split(content, ref.chunk_bytes))
         }
 
@@ -181,6 +203,8 @@ class MemoryConnection:
         self.max_packet_bytes: int | None = broker.max_packet_bytes
         self.session = session
         self.filters: set[str] = set()
+        self.asked: list[str] = []
+        """Every topic that was subscribed to, in order."""
         self.ended: str | None = None
         self._broker = broker
         self._lost = asyncio.Event()
@@ -197,6 +221,7 @@ class MemoryConnection:
         await asyncio.sleep(0)
         self._check()
         self.filters |= set(filters)
+        self.asked.extend(filters)
         for topic in filters:
             if topic in self._broker.retained:
                 self.deliver(topic, self._broker.retained[topic], retained=True)
@@ -374,14 +399,23 @@ class AddOne:
         self.runs = 0
 
     def run_epochs(
-        self, parameters: Vector, dataset: Dataset, _training: Training, _rng: np.random.Generator
+        self,
+        parameters: Vector,
+        dataset: Dataset,
+        _training: Training,
+        _rng: np.random.Generator,
+        **_more: object,
     ) -> LocalResult:
         self.runs += 1
         return LocalResult(parameters + np.float32(1), len(dataset), 1, loss=0.5, metric=0.75)
 
 
 def agent_settings(
-    state: Path, *, receipt_timeout_s: float = 1000.0, training: LocalTraining | None = None
+    state: Path,
+    *,
+    receipt_timeout_s: float = 1000.0,
+    training: LocalTraining | None = None,
+    inference: Inference | None = None,
 ) -> AgentSettings:
     return AgentSettings(
         fleet=FLEET,
@@ -392,6 +426,7 @@ def agent_settings(
         data=Npz(path=state / "examples.npz"),
         broker=Broker(reconnect_min_s=1e-3, reconnect_max_s=1e-3),
         training=training or LocalTraining(),
+        inference=inference or Inference(min_interval_s=0.0),
         receipt_timeout_s=receipt_timeout_s,
     )
 

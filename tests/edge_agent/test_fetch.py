@@ -8,7 +8,7 @@ import pytest
 from agent_world import FLEET, run
 
 from edge_agent import fetch
-from edge_agent.fetch import Fetcher, FetchFailed
+from edge_agent.fetch import Fetcher, FetchFailed, Superseded
 from fedtide.wire.chunks import MAX_CHUNK_BYTES, blob_ref, split
 from fedtide.wire.errors import BlobMismatch, FrameTooLarge, MalformedFrame
 from fedtide.wire.link import Connection, LinkDown
@@ -200,6 +200,39 @@ def test_silence_ends_a_fetch_and_what_came_is_kept(monkeypatch: pytest.MonkeyPa
         source.subscribed.clear()
         assert await fetched(fetcher, source) == CONTENT
         assert source.subscribed[0][0] == [lost, *source_names()[8:]]
+
+    run(main)
+
+
+def test_a_fetch_whose_chunks_stop_is_soon_given_up_when_a_newer_head_has_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fetch, "_SILENCE_AFTER_A_HEAD_S", 0.02)  # and ten seconds without a head
+
+    async def main() -> None:
+        fetcher = new_fetcher()
+        source = ChunkSource(fetcher)
+        fetcher.note_head()  # the one that named this blob: no reason to hurry
+        source.held.clear()
+        fetching = asyncio.create_task(fetched(fetcher, source))
+        await asyncio.sleep(0.1)
+        assert not fetching.done()
+        fetcher.note_head()
+        with pytest.raises(Superseded):
+            await asyncio.wait_for(fetching, timeout=2)
+        assert source.subscriptions == set()
+
+    run(main)
+
+
+def test_a_newer_head_does_not_end_a_fetch_whose_chunks_come() -> None:
+    async def main() -> None:
+        fetcher = new_fetcher()
+        source = ChunkSource(fetcher)
+        fetching = asyncio.create_task(fetched(fetcher, source))
+        await asyncio.sleep(0)
+        fetcher.note_head()
+        assert await fetching == CONTENT
 
     run(main)
 

@@ -1,0 +1,110 @@
+"""The first update on a new plan is a trial, noted on disk: a plan cannot end the process again and again.
+
+A plan may end the process: by a fault of onnxruntime, by memory that the system takes the process's life for,
+or because one operator runs so long that the agent gives up (:mod:`edge_agent.plan_watchdog`). The service
+starts again, finds the note, and after three such ends leaves the plan alone until there is another. After
+the first whole update nothing more is written for this plan.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from edge_agent.plan_guard import PlanRefused
+from fedtide.wire import frame
+from fedtide.wire.durable import write_durably
+from fedtide.wire.errors import WireError
+from fedtide.wire.frame import Message
+from fedtide.wire.ids import PlanId
+
+log = logging.getLogger(__name__)
+
+MOST_TRIALS: Final = 3
+"""A power cut during a trial looks the same as a crash; three in a row during the first update do not."""
+
+
+class _Note(Message, frozen=True, kw_only=True):
+    """What the file holds: how often the plan was begun without a whole update, and why it is refused."""
+
+    plan: str
+    begun: int = 0
+    passed: bool = False
+    refused: str = ""
+
+
+class PlanTrial:
+    """The note about the plan in use.
+
+    Args:
+        path: its file; the directory must be there.
+        sync: False for simulated devices.
+    """
+
+    def __init__(self, path: Path, *, sync: bool = True) -> None:
+        self._path = path
+        self._sync = sync
+        self._note = _read(path)
+
+    def check(self, plan: PlanId) -> None:
+        """Before anything of the plan is run.
+
+        Raises:
+            PlanRefused: it ended the agent before.
+        """
+        note = self._note
+        if note is None or note.plan != plan:
+            return
+        if note.refused:
+            raise PlanRefused(self._refusal(note.refused))
+        if note.begun >= MOST_TRIALS:
+            raise PlanRefused(
+                self._refusal(f"the agent ended {note.begun} times in a first update on this plan")
+            )
+
+    @contextmanager
+    def update(self, plan: PlanId) -> Iterator[None]:
+        """Around opening the plan and training on it. An error that the agent survives is no end of it.
+
+        Raises:
+            PlanRefused: as for :meth:`check`.
+        """
+        self.check(plan)
+        note = self._note if self._note is not None and self._note.plan == plan else _Note(plan=plan)
+        if note.passed:
+            yield
+            return
+        self._write(msgspec.structs.replace(note, begun=note.begun + 1))
+        try:
+            yield
+        except BaseException:
+            self._write(note)
+            raise
+        self._write(msgspec.structs.replace(note, begun=0, passed=True))
+
+    def refuse(self, plan: PlanId, reason: str) -> None:
+        """Never run this plan again."""
+        self._write(_Note(plan=plan, refused=reason))
+
+    def _refusal(self, reason: str) -> str:
+        return (
+            f"{reason}; the plan is not tried again. Another plan is, and so is this one once {self._path} "
+            "is removed and the agent is started again"
+        )
+
+    def _write(self, note: _Note) -> None:
+        self._note = note
+        write_durably(self._path, frame.pack(note), sync=self._sync)
+
+
+def _read(path: Path) -> _Note | None:
+    try:
+        return frame.unpack(path.read_bytes(), _Note)
+    except FileNotFoundError:
+        return None
+    except WireError as error:
+        log.warning("%s is damaged and left out: %s", path, error, extra={"event": "trial.damaged"})
+        return None

@@ -1,0 +1,116 @@
+"""Sending updates: from the outbox, in chunks, again and again, until the receipt comes."""
+
+import asyncio
+from dataclasses import dataclass
+from itertools import count
+from typing import Final
+
+import numpy as np
+
+from edge_agent.mailbox import Mailbox
+from edge_agent.outbox import Outbox, Pending
+from edge_agent.settings import AgentSettings
+from fedtide.wire import topics
+from fedtide.wire.chunks import chunk_bytes, update_chunks
+from fedtide.wire.link import Connection, LinkDown
+from fedtide.wire.messages import MissingChunks, Reason, Receipt, Verdict
+
+_LONGEST_RECEIPT_WAIT_S: Final = 120.0
+
+
+@dataclass
+class Tally:
+    """What one agent has done since it started."""
+
+    trained: int = 0
+    sent: int = 0
+    """Attempts to send an update, repetitions included."""
+    resent: int = 0
+    applied: int = 0
+    duplicate: int = 0
+    rejected: int = 0
+
+
+class Sender:
+    """Sends one update at a time.
+
+    Args:
+        settings: from ``agent.toml``.
+        outbox: where updates wait.
+        mailbox: has the connection, and the coordinator's answers.
+        rng: draws the waits.
+        tally: counts what became of them.
+    """
+
+    def __init__(
+        self,
+        settings: AgentSettings,
+        outbox: Outbox,
+        mailbox: Mailbox,
+        rng: np.random.Generator,
+        tally: Tally,
+    ) -> None:
+        self._settings = settings
+        self._outbox = outbox
+        self._mailbox = mailbox
+        self._rng = rng
+        self._tally = tally
+
+    async def deliver(self, pending: Pending) -> float | None:
+        """Send an update until its receipt comes; it stays in the outbox until then.
+
+        Returns:
+            Seconds that the coordinator asks for before the next update. None: it was never sent and cannot
+            be for a long time, so it is left for a newer one to take its place.
+
+        Raises:
+            PublishRefused: the broker does not take it.
+        """
+        settings = self._settings
+        attempts = count()
+        while True:
+            unsent = not self._outbox.was_sent(pending.counter)
+            try:
+                connection = await self._mailbox.online(settings.training.retrain_after_s if unsent else None)
+            except TimeoutError:
+                return None
+            try:
+                receipt = await self._attempt(connection, pending, next(attempts))
+            except LinkDown:
+                continue
+            if receipt is None:
+                self._tally.resent += 1
+                continue
+            if receipt.reason is Reason.UNKNOWN_DEVICE:
+                await asyncio.sleep(receipt.retry_after_s)  # until the operator has enrolled this device
+                continue
+            self._outbox.remove(pending.counter)
+            self._count(receipt)
+            return receipt.retry_after_s
+
+    async def _attempt(self, connection: Connection, pending: Pending, attempt: int) -> Receipt | None:
+        """Publish every chunk and wait for the receipt; None: it is time to try again."""
+        device, fleet = self._settings.device, self._settings.fleet
+        topic = topics.UPDATE.name(fleet, shard=topics.shard_of(device, self._mailbox.shards), device=device)
+        chunks = update_chunks(pending.envelope, pending.counter, chunk_bytes(connection.max_packet_bytes))
+        self._outbox.note_sent(pending.counter)
+        self._mailbox.forget_answers()
+        self._tally.sent += 1
+        await asyncio.gather(*(connection.publish(topic, chunk) for chunk in chunks))
+        longest_s = min(_LONGEST_RECEIPT_WAIT_S, self._settings.receipt_timeout_s * 2.0 ** min(attempt, 10))
+        while True:
+            wait_s = longest_s * float(self._rng.uniform(0.75, 1.0))
+            answer = await self._mailbox.answer(pending, connection, wait_s)
+            if not isinstance(answer, MissingChunks):
+                return answer
+            wanted = (chunks[index] for index in answer.indexes if 0 <= index < len(chunks))
+            await asyncio.gather(*(connection.publish(topic, chunk) for chunk in wanted))
+
+    def _count(self, receipt: Receipt) -> None:
+        match receipt.verdict:
+            case Verdict.APPLIED:
+                self._tally.applied += 1
+            case Verdict.DUPLICATE:
+                self._tally.duplicate += 1
+            case Verdict.REJECTED:
+                self._tally.rejected += 1

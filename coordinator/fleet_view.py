@@ -1,18 +1,29 @@
-"""What the devices say of themselves: presence and training events. For people; no decision rests on it."""
+"""What the devices say of themselves: presence, training, evaluations, trouble.
 
+For people. None of it is signed: the broker's access rules are what ties it to a device. No decision rests on
+it, but for a release gate on the federated metric where the operator has asked for that one.
+"""
+
+import math
+import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Final
 
+from coordinator.federated import FederatedEvaluations
 from coordinator.marks import Mark
-from coordinator.status import DeviceStatus
+from coordinator.status import DeviceEvaluation, DeviceStatus, DeviceTrouble
 from fedtide.wire import frame
 from fedtide.wire.errors import WireError
-from fedtide.wire.ids import DeviceId
-from fedtide.wire.messages import Presence, TrainingEvent
+from fedtide.wire.ids import DeviceId, ModelVersion
+from fedtide.wire.messages import DeviceEvent, EvaluationEvent, Presence, TrainingEvent, Trouble
 from fedtide.wire.signatures import PublicKey
 
-M = TypeVar("M", bound=frame.Message)
+_WORD: Final = re.compile(r"[a-z][a-z_]{0,30}(\.[a-z][a-z_]{0,30})?")
+_OTHER: Final = "other"
+_MOST_WORDS: Final = 32  # each becomes a time series of its own, so a device may not invent them for ever
+_MOST_DETAIL: Final = 200
 
 
 @dataclass
@@ -20,31 +31,60 @@ class FleetView:
     """The latest word of every enrolled device.
 
     Attributes:
+        evaluations: what they found on the examples they hold out.
         presence: by device.
         events: the latest training event by device.
-        malformed: messages that were neither.
+        troubles: the latest trouble of each device that has not trained since.
+        trouble_counts: how many reports of trouble came, by their word.
+        malformed: messages that were none of these, or cannot be true.
     """
 
+    evaluations: FederatedEvaluations
     presence: dict[DeviceId, Presence] = field(default_factory=dict)
     events: dict[DeviceId, TrainingEvent] = field(default_factory=dict)
+    troubles: dict[DeviceId, DeviceTrouble] = field(default_factory=dict)
+    trouble_counts: Counter[str] = field(default_factory=Counter)
     malformed: int = 0
 
     def note_presence(self, device: DeviceId, payload: bytes) -> Presence | None:
         """Take a message of the ``st`` topic; an old session's late will is ignored."""
-        presence = self._decode(payload, Presence)
+        try:
+            presence = frame.from_frame(payload, Presence)
+        except WireError:
+            self.malformed += 1
+            return None
         known = self.presence.get(device)
-        if presence is None or (
-            known and known.online and not presence.online and known.boot != presence.boot
-        ):
+        if known and known.online and not presence.online and known.boot != presence.boot:
             return None
         self.presence[device] = presence
         return presence
 
-    def note_event(self, device: DeviceId, payload: bytes) -> None:
-        """Take a message of the ``ev`` topic."""
-        event = self._decode(payload, TrainingEvent)
-        if event is not None:
-            self.events[device] = event
+    def note_event(self, device: DeviceId, payload: bytes, newest: ModelVersion) -> None:
+        """Take a message of the ``ev`` topic; ``newest`` is the newest version devices were offered."""
+        try:
+            event = frame.from_frame_any(payload, DeviceEvent)
+        except WireError:
+            self.malformed += 1
+            return
+        match event:
+            case TrainingEvent() if math.isfinite(event.loss):
+                self.events[device] = event
+                self.troubles.pop(device, None)
+            case EvaluationEvent() if self.evaluations.add(device, event, newest):
+                pass
+            case Trouble():
+                self._note_trouble(device, event)
+            case _:
+                self.malformed += 1
+
+    def _note_trouble(self, device: DeviceId, event: Trouble) -> None:
+        word = event.event if _WORD.fullmatch(event.event) else _OTHER
+        if word not in self.trouble_counts and len(self.trouble_counts) >= _MOST_WORDS:
+            word = _OTHER
+        self.trouble_counts[word] += 1
+        # It ends up on terminals, which obey control characters.
+        detail = "".join(character if character.isprintable() else " " for character in event.detail)
+        self.troubles[device] = DeviceTrouble(event=word, detail=detail[:_MOST_DETAIL], version=event.version)
 
     def statuses(self, devices: Iterable[DeviceId], marks: dict[DeviceId, Mark]) -> tuple[DeviceStatus, ...]:
         """One row per device."""
@@ -54,6 +94,7 @@ class FleetView:
     def _status(self, device: DeviceId, mark: Mark | None, total_weight: float) -> DeviceStatus:
         presence = self.presence.get(device)
         event = self.events.get(device)
+        found = self.evaluations.latest.get(device)
         return DeviceStatus(
             device=device,
             online=presence is not None and presence.online,
@@ -64,14 +105,13 @@ class FleetView:
             weight_share=mark.weight / total_weight if mark else 0.0,
             last_rejection=mark.reason.value if mark and mark.reason else None,
             loss=event.loss if event else None,
+            evaluation=DeviceEvaluation(
+                version=found.version, examples=found.num_examples, loss=found.loss, metric=found.metric
+            )
+            if found
+            else None,
+            trouble=self.troubles.get(device),
         )
-
-    def _decode(self, payload: bytes, kind: type[M]) -> M | None:
-        try:
-            return frame.from_frame(payload, kind)
-        except WireError:
-            self.malformed += 1
-            return None
 
 
 def shown_key(presence: Presence) -> PublicKey | None:

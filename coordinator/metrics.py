@@ -32,6 +32,12 @@ class StatusCollector(Collector):
         yield CounterMetricFamily(
             "fedtide_messages_ignored", "Presence and events that could not be read.", status.ignored_messages
         )
+        troubles = CounterMetricFamily("fedtide_trouble_reports", "Trouble that devices reported, by event.",
+                                       labels=("event",))  # fmt: skip
+        for event, count in sorted(status.troubles.items()):
+            troubles.add_metric((event,), count)
+        yield troubles
+        federated = status.federated
         gauges = {
             "updates_waiting": (
                 "Updates that arrived and are not judged durably yet.",
@@ -42,7 +48,22 @@ class StatusCollector(Collector):
             "buffered_updates": ("Updates in the buffer.", status.buffered),
             "devices_enrolled": ("Devices in the roster.", len(status.devices)),
             "devices_online": ("Devices that are there.", sum(device.online for device in status.devices)),
+            "devices_in_trouble": (
+                "Devices that say why they do not train.",
+                sum(device.trouble is not None for device in status.devices),
+            ),
             "connected": ("Whether there is a broker.", int(status.connected)),
+            "released_version": ("The newest version released for inference.", status.released_version),
+            "federated_loss": ("Loss on what the devices hold out.", federated.loss if federated else None),
+            "federated_metric": (
+                "Metric on what the devices hold out.",
+                federated.metric if federated else None,
+            ),
+            "federated_devices": ("Devices in the federated metric.", federated.devices if federated else 0),
+            "federated_examples": (
+                "Examples in the federated metric.",
+                federated.examples if federated else 0,
+            ),
         }
         for name, (text, value) in gauges.items():
             if value is not None:

@@ -1,16 +1,20 @@
 """Models and snapshots on disk, as safetensors: files anyone can open.
 
 models/{version}.safetensors      a published version: the plan's tensors by name
+released.safetensors              the newest version that passed the release gate, which the metadata name
 snapshots/{sequence}.safetensors  the whole state after a journal entry
 """
 
 import hashlib
+import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
@@ -21,18 +25,29 @@ from coordinator.server_optimizers import OptimizerState
 from coordinator.settings import Rules
 from fedtide.wire.durable import write_durably
 from fedtide.wire.ids import ModelVersion
-from fedtide.wire.parameters import Schema, Vector
+from fedtide.wire.parameters import Schema, Vector, fingerprint
+
+log = logging.getLogger(__name__)
 
 _KEPT_SNAPSHOTS: Final = 2
 _OPTIMIZER: Final = "optimizer."
 _RECENT_BYTES: Final = 64 << 20  # of published versions stay in memory, but at least two versions
 
 
+@dataclass(frozen=True)
+class StoredRelease:
+    """A version that passed the release gate, and what the gate was then."""
+
+    version: ModelVersion
+    parameters: Vector
+    gate: str
+
+
 class ModelStore:
-    """The published versions.
+    """The published versions, and the released one.
 
     Args:
-        directory: made if it is not there.
+        directory: of the published versions; made if it is not there. The released one is beside it.
         schema: of the model.
         keep: how many versions stay.
     """
@@ -66,6 +81,41 @@ class ModelStore:
             parameters = self._schema.flatten(load_tensors(self._file(version).read_bytes()))
             self._remember(version, parameters)  # which may let go of it at once: it may be the oldest
         return parameters
+
+    def save_release(self, release: StoredRelease) -> None:
+        """Make a version the released one, durably and in one step."""
+        metadata = {
+            "version": str(release.version),
+            "fingerprint": fingerprint(release.parameters).hex(),
+            "gate": release.gate,
+        }
+        content = save_tensors(self._schema.split(release.parameters), metadata)
+        write_durably(self._release_file, content)
+
+    def release(self) -> StoredRelease | None:
+        """The released version; None while there is none, or if its file is damaged."""
+        try:
+            with safe_open(self._release_file, framework="numpy") as file:
+                metadata = file.metadata() or {}
+                parameters = self._schema.flatten({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+            stored = StoredRelease(ModelVersion(int(metadata["version"])), parameters, metadata["gate"])
+            whole = fingerprint(parameters).hex() == metadata["fingerprint"]
+        except FileNotFoundError:
+            return None
+        except (SafetensorError, ValueError, KeyError) as error:
+            log.warning(
+                "%s cannot be read: %s", self._release_file, error, extra={"event": "release.damaged"}
+            )
+            return None
+        if not whole:
+            log.warning("%s is damaged: its parameters do not have their fingerprint", self._release_file,
+                        extra={"event": "release.damaged"})  # fmt: skip
+            return None
+        return stored
+
+    @property
+    def _release_file(self) -> Path:
+        return self._directory.parent / "released.safetensors"
 
     def _remember(self, version: ModelVersion, parameters: Vector) -> None:
         self._recent[version] = parameters

@@ -1,7 +1,8 @@
 """The publisher: makes a version available, and only then points at it.
 
 Order: the model file and its fingerprint are durable, every chunk is acknowledged by the broker, then the
-signed head. Chunks are content-addressed and retained; those of old models are cleared.
+signed head. Chunks are content-addressed and retained; those of old models are cleared, but for the released
+one, which stays as long as it is the release.
 """
 
 import asyncio
@@ -16,7 +17,7 @@ from fedtide.wire.chunks import blob_ref, chunk_bytes, split
 from fedtide.wire.frame import PROTOCOL_VERSION
 from fedtide.wire.ids import BlobId, Epoch, ModelVersion, PlanId, blob_id
 from fedtide.wire.link import Connection
-from fedtide.wire.messages import BlobRef, CodecRequest, CoordinatorState, Head
+from fedtide.wire.messages import BlobRef, CodecRequest, CoordinatorState, Head, Release
 from fedtide.wire.parameters import Vector, fingerprint, to_bytes
 from fedtide.wire.seal import seal
 from fedtide.wire.signatures import COORDINATOR_DOMAIN, HEAD_DOMAIN, SigningKey
@@ -40,6 +41,14 @@ class Version:
 
 
 @dataclass(frozen=True)
+class Released:
+    """A version for inference, and the gate that it passed, for people."""
+
+    version: Version
+    gate: str
+
+
+@dataclass(frozen=True)
 class Identity:
     """Who publishes: fixed for one run of the coordinator."""
 
@@ -59,6 +68,13 @@ class Publisher:
         clock: seconds since 1970.
         earlier: fingerprints of the versions that earlier runs published, oldest first; their chunks may
             still be retained and are cleared in their turn.
+        released: the version that passed the release gate last, in an earlier run.
+
+    Attributes:
+        version: the last one offered.
+        released: the one for inference, where there is a gate. Without a gate it is the one offered.
+        training: whether devices shall train.
+        issued: when the last head was made, seconds since 1970.
     """
 
     def __init__(
@@ -67,7 +83,9 @@ class Publisher:
         identity: Identity,
         remember: Callable[[Version], Awaitable[None]],
         clock: Callable[[], float],
+        *,
         earlier: Sequence[bytes] = (),
+        released: Released | None = None,
     ) -> None:
         self._settings = settings
         self._identity = identity
@@ -80,8 +98,14 @@ class Publisher:
         self._offering = asyncio.Lock()  # one at a time, or an older head could be the last to arrive
         self.version: Version | None = None
         self.training = True
-        self.released: ModelVersion | None = None
+        self.released = released
+        self._announced: Released | None = None
         self.issued = 0.0
+
+    @property
+    def release_is_news(self) -> bool:
+        """Whether no head has named the released version yet."""
+        return self.released is not self._announced
 
     def state_message(self, *, online: bool) -> bytes:
         """The sealed coordinator state, also used as the will."""
@@ -136,13 +160,39 @@ class Publisher:
         self._earlier.clear()
         await self._put(connection, plan, self._identity.plan_blob)
         await self._put(connection, model, content)
-        head = self._head(version, plan, model)
+        released = self.released
+        release = await self._put_release(connection, released, model)
+        head = self._head(version, plan, model, release or self._ungated(version, model))
         sealed = seal(head, self._identity.key, HEAD_DOMAIN)
         await connection.publish(HEAD.name(self._settings.fleet), sealed, retain=True)
-        self.issued = head.issued
-        await self._clear_old(connection, model)
+        self.issued, self._announced = head.issued, released
+        await self._clear_old(connection, model, release)
 
-    def _head(self, version: Version, plan: BlobRef, model: BlobRef) -> Head:
+    async def _put_release(
+        self, connection: Connection, released: Released | None, model: BlobRef
+    ) -> Release | None:
+        """Publish the blob of the version that passed the gate, unless it is there."""
+        if released is None:
+            return None
+        version = released.version
+        # As large as any model, and its id follows from the fingerprint: no need to hash it again.
+        blob = replace(model, id=blob_id(version.fingerprint), sha256=version.fingerprint)
+        if blob.id not in self._offered:
+            await self._put(connection, blob, to_bytes(version.parameters))
+        return Release(
+            version=version.number,
+            parameters_sha256=version.fingerprint,
+            blob=blob,
+            gate=released.gate,
+        )
+
+    def _ungated(self, version: Version, model: BlobRef) -> Release | None:
+        """Without a gate, what is offered is for inference too."""
+        if self._settings.release is not None:
+            return None
+        return Release(version=version.number, parameters_sha256=version.fingerprint, blob=model)
+
+    def _head(self, version: Version, plan: BlobRef, model: BlobRef, release: Release | None) -> Head:
         now = self._clock()
         update = self._settings.update
         return Head(
@@ -156,7 +206,7 @@ class Publisher:
             full_blob=model,
             update_codec=CodecRequest(id=update.codec, parameters=update.codec_parameters),
             training=self.training,
-            release=None,
+            release=release,
             issued=now,
             expires=now + self._settings.publish.head_lifetime_s,
         )
@@ -173,10 +223,16 @@ class Publisher:
         )
         self._offered.add(ref.id)
 
-    async def _clear_old(self, connection: Connection, newest: BlobRef) -> None:
+    async def _clear_old(self, connection: Connection, newest: BlobRef, release: Release | None) -> None:
         self._models = [ref for ref in self._models if ref.id != newest.id] + [newest]
-        while len(self._models) > _KEPT_MODELS:
-            old = self._models.pop(0)
+        kept = {ref.id for ref in self._models[-_KEPT_MODELS:]}
+        if release is not None:
+            kept.add(release.blob.id)
+            if release.blob.id not in {ref.id for ref in self._models}:
+                self._models.insert(0, release.blob)
+        unneeded = [ref for ref in self._models if ref.id not in kept]
+        self._models = [ref for ref in self._models if ref.id in kept]
+        for old in unneeded:
             self._offered.discard(old.id)
             for index in range(old.chunks):
                 # An empty retained message takes the retained one away (MQTT 5 section 3.3.1.3).

@@ -10,6 +10,7 @@ from typing import Final
 import numpy as np
 
 from coordinator.committer import Committer, Waiting
+from coordinator.federated import FederatedEvaluations
 from coordinator.fleet_view import FleetView, shown_key
 from coordinator.intake import Intake
 from coordinator.publisher import Publisher
@@ -57,7 +58,7 @@ class Reception:
         self._pending = pending
         self._on_connected = on_connected
         self._reconnector = Reconnector(dial, settings.broker, np.random.default_rng(), _log_failure)
-        self.view = FleetView()
+        self.view = FleetView(FederatedEvaluations(settings.update.max_examples))
         self.connection: Connection | None = None
 
     async def run(self) -> None:
@@ -154,8 +155,9 @@ class Reception:
             self._committer.put(Waiting(arrival, delivery, connection))
 
     def _take_event(self, device: DeviceId, payload: bytes) -> None:
-        if self._roster.key(device) is not None:
-            self.view.note_event(device, payload)
+        published = self._publisher.version
+        if self._roster.key(device) is not None and published is not None:
+            self.view.note_event(device, payload, published.number)
 
     def _take_presence(self, device: DeviceId, payload: bytes) -> None:
         if self._roster.key(device) is not None:

@@ -2,36 +2,35 @@
 
 reception  MQTT → intake → arrivals
 committer  arrivals → judge and fold → journal (group commit) → acknowledge, receipts
-publish    new versions, paced → model file, chunks, head
-evaluate   new versions → held-out metric
-tick       time limits, missing chunks, status, stop conditions
+publish    new versions and releases, paced → model file, chunks, head
+evaluate   new versions → held-out metric → release gate
+tick       federated release gate, time limits, missing chunks, status, stop conditions
 """
 
 import asyncio
 import contextlib
 import logging
-import math
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 
 from coordinator import status as status_file
 from coordinator.committer import Committer, JournalThread
+from coordinator.held_out import Evaluate, HeldOutEvaluation, Releases
 from coordinator.intake import Intake
-from coordinator.journal import EvaluationResult, Published
+from coordinator.journal import Published
+from coordinator.model_store import ModelStore
 from coordinator.plan.file import BuiltPlan
-from coordinator.publisher import Identity, Publisher, Version
+from coordinator.publisher import Identity, Publisher, Released, Version
 from coordinator.reception import Reception
 from coordinator.recovery import Recovered, base_parameters
 from coordinator.roster import Roster
 from coordinator.settings import CoordinatorSettings
-from coordinator.status import EvaluationPoint, Status, Updates, peak_rss_bytes
+from coordinator.status import Status, Updates, peak_rss_bytes
 from coordinator.writer import Writer
 from fedtide.wire.link import Dial, LinkDown, PublishRefused
-from fedtide.wire.parameters import Vector
 from fedtide.wire.plan import seal_plan
 from fedtide.wire.signatures import SigningKey
 
@@ -39,23 +38,6 @@ log = logging.getLogger(__name__)
 
 _TICK_S: Final = 0.25
 _STATUS_EVERY_TICKS: Final = 2
-_KEPT_EVALUATIONS: Final = 1000
-
-
-class Outcome(Protocol):
-    """What an evaluation gives."""
-
-    @property
-    def loss(self) -> float:
-        """Mean over the held-out examples."""
-
-    @property
-    def metric(self) -> float | None:
-        """The plan's metric, mean over the held-out examples."""
-
-
-Evaluate = Callable[[Vector], Outcome]
-"""Evaluates parameters on the coordinator's held-out examples; called in a thread."""
 
 
 class CoordinatorService:
@@ -89,24 +71,21 @@ class CoordinatorService:
         self._plan = plan.plan
         self._status_path = directory / "status.json"
         self._recovered = recovered
-        self._evaluate = evaluate
         self._journal_thread = JournalThread()
         self._new_version = asyncio.Event()
-        self._to_evaluate = asyncio.Event()
         self._began = time.monotonic()
         self._stop_reason: str | None = None
         self._published_at = float("-inf")
-        self._evaluated = -1
-        self._evaluations: list[EvaluationPoint] = []
         self._roster = Roster(directory / "roster", settings.max_devices)
         self._epoch = recovered.journal.next_epoch()
+        bases = base_parameters(recovered.models, plan)
         self._writer = Writer(
             settings,
             plan=self._plan.id,
             schema=self._plan.manifest.schema,
             state=recovered.state,
             marks=recovered.journal.marks(),
-            bases=base_parameters(recovered.models, plan),
+            bases=bases,
         )
         self._writer.published = {row.version: row.fingerprint for row in recovered.journal.published()}
         self.committer = Committer(
@@ -119,7 +98,29 @@ class CoordinatorService:
         )
         identity = Identity(self._epoch, self._plan.id, seal_plan(self._plan, key), key)
         self._publisher = Publisher(
-            settings, identity, self._remember, time.time, [*self._writer.published.values()]
+            settings,
+            identity,
+            self._remember,
+            time.time,
+            earlier=[*self._writer.published.values()],
+            released=_released_before(recovered.models) if settings.release else None,
+        )
+        self._releases = Releases(
+            settings,
+            metric=self._plan.manifest.metric,
+            models=recovered.models,
+            bases=bases,
+            journal_thread=self._journal_thread,
+            publisher=self._publisher,
+            on_release=self._new_version.set,
+        )
+        self._held_out = HeldOutEvaluation(
+            settings,
+            evaluate,
+            committer=self.committer,
+            journal=recovered.journal,
+            journal_thread=self._journal_thread,
+            releases=self._releases,
         )
         self._reception = Reception(
             settings,
@@ -148,7 +149,7 @@ class CoordinatorService:
         work = {
             "reception": self._reception.run(),
             "publish": self._publish(),
-            "evaluate": self._evaluate_versions(),
+            "evaluate": self._held_out.run(),
             "tick": self._tick(),
         }
         running = [asyncio.create_task(task, name=f"coordinator.{name}") for name, task in work.items()]
@@ -169,7 +170,7 @@ class CoordinatorService:
 
     def _on_version(self) -> None:
         self._new_version.set()
-        self._to_evaluate.set()
+        self._held_out.wake()
 
     async def _publish(self) -> None:
         pace = self._settings.publish
@@ -182,15 +183,19 @@ class CoordinatorService:
     async def _publish_newest(self, every_versions: int) -> None:
         connection, state = self._reception.connection, self.committer.committed
         newest = self._publisher.version
-        if not np.isfinite(state.parameters).all():
+        due = newest is None or state.version - newest.number >= every_versions
+        if due and not np.isfinite(state.parameters).all():
             log.error("Version %d is not finite and is not published", state.version,
                       extra={"event": "version.not_finite"})  # fmt: skip
-            return
-        if connection is None or (newest and state.version - newest.number < every_versions):
+            due = False
+        if connection is None or not (due or self._publisher.release_is_news):
             return
         self._published_at = time.monotonic()
         try:
-            await self._publisher.publish(connection, Version.of(state.version, state.parameters))
+            if due:
+                await self._publisher.publish(connection, Version.of(state.version, state.parameters))
+            else:
+                await self._publisher.renew(connection, everything=False)
         except (LinkDown, PublishRefused) as error:
             log.warning("Publishing stopped: %s", error, extra={"event": "publish.interrupted"})
 
@@ -211,38 +216,6 @@ class CoordinatorService:
         await self._journal_thread.run(work)
         published[version.number] = version.fingerprint
 
-    async def _evaluate_versions(self) -> None:
-        while True:
-            await self._to_evaluate.wait()
-            self._to_evaluate.clear()
-            await self._evaluate_newest()
-
-    async def _evaluate_newest(self) -> None:
-        settings, state = self._settings.evaluation, self.committer.committed
-        if settings is None or self._evaluate is None or state.version == self._evaluated:
-            return
-        first = self._evaluated < 0
-        if not first and state.version - self._evaluated < settings.every_versions:
-            return
-        evaluate = self._evaluate
-        outcome = await asyncio.to_thread(lambda: evaluate(state.parameters))
-        loss, metric = _finite(outcome.loss), _finite(outcome.metric)
-        result = EvaluationResult(state.version, loss, metric, time.time())
-        await self._journal_thread.run(lambda: self._recovered.journal.add_evaluation(result))
-        self._evaluated = state.version
-        self._evaluations.append(
-            EvaluationPoint(
-                version=state.version,
-                seconds=time.monotonic() - self._began,
-                updates=self.committer.accounting.applied,
-                loss=loss,
-                metric=metric,
-            )
-        )
-        del self._evaluations[:-_KEPT_EVALUATIONS]
-        if settings.release_at is not None and metric is not None and metric >= settings.release_at:
-            self._publisher.released = state.version
-
     async def _tick(self) -> None:
         ticks = 0
         while self._stop_reason is None:
@@ -251,6 +224,7 @@ class CoordinatorService:
             self.committer.tick()
             await self._reception.ask_for_missing(self._settings.update.missing_after_s)
             await self._renew_head()
+            await self._releases.consider_federated(self._reception.view.evaluations)
             self._stop_reason = self._stop_condition()
             if ticks % _STATUS_EVERY_TICKS == 0:
                 self._write_status("running")
@@ -264,7 +238,7 @@ class CoordinatorService:
 
     def _stop_condition(self) -> str | None:
         stop = self._settings.stop
-        metric = self._evaluations[-1].metric if self._evaluations else None
+        metric = self._held_out.points[-1].metric if self._held_out.points else None
         conditions = (
             ("versions", stop.versions, self.committer.committed.version),
             ("updates", stop.updates, self.committer.accounting.applied),
@@ -282,7 +256,7 @@ class CoordinatorService:
         self._publisher.training = False
         self.committer.finish()
         await committing
-        await self._evaluate_newest()
+        await self._held_out.evaluate_newest()
         await self._publish_newest(every_versions=1)
         connection = self._reception.connection
         if connection is not None:
@@ -310,6 +284,7 @@ class CoordinatorService:
         """The coordinator at this moment."""
         accounting = self.committer.accounting
         connection, published, model = self._reception.connection, self._publisher.version, self._writer.state
+        view, devices = self._reception.view, list(self._roster.devices())
         return Status(
             fleet=self._settings.fleet,
             plan=self._plan.id,
@@ -331,17 +306,27 @@ class CoordinatorService:
                 rejected={reason.value: count for reason, count in accounting.rejected.items()},
                 waiting=accounting.waiting,
             ),
-            ignored_messages=self._reception.view.malformed,
+            ignored_messages=view.malformed,
             staleness=dict(self.committer.staleness),
-            evaluations=tuple(self._evaluations),
+            evaluations=tuple(self._held_out.points),
             parameters=self._plan.manifest.schema.size,
             metric=self._plan.manifest.metric,
-            devices=self._reception.view.statuses(self._roster.devices(), self._writer.marks),
+            devices=view.statuses(devices, self._writer.marks),
             cpu_seconds=time.process_time(),
             rss_bytes=peak_rss_bytes(),
+            released_version=self._releases.version,
+            release_gate=self._releases.sentence,
+            federated=view.evaluations.current(
+                devices, published.number, self._settings.federated.max_age_versions
+            )
+            if published
+            else None,
+            federated_history=view.evaluations.by_version(),
+            troubles=dict(view.trouble_counts),
         )
 
 
-def _finite(value: float | None) -> float | None:
-    """A diverged model evaluates to NaN, which neither JSON nor SQLite can hold."""
-    return value if value is not None and math.isfinite(value) else None
+def _released_before(models: ModelStore) -> Released | None:
+    """The version that an earlier run released."""
+    stored = models.release()
+    return None if stored is None else Released(Version.of(stored.version, stored.parameters), stored.gate)

@@ -1,7 +1,7 @@
 """The settings in ``coordinator.toml``: every table decodes into the object that does the work."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -45,12 +45,43 @@ class Evaluation(Table, frozen=True, kw_only=True):
     Attributes:
         data: an ``.npz`` file with the plan's inputs (``x`` or ``x0`` …) and targets (``y``).
         every_versions: evaluate when this many versions were made since the last evaluation.
-        release_at: a version whose metric reaches this is released for inference; None: none is.
     """
 
     data: Path
     every_versions: Count = 1
-    release_at: float | None = None
+
+
+class Federated(Table, frozen=True, kw_only=True):
+    """The federated metric: the mean of what devices find on the examples they hold out.
+
+    Attributes:
+        max_age_versions: what a device found on a version older than this no longer counts.
+    """
+
+    max_age_versions: Count = 20
+
+
+class ReleaseGate(Table, frozen=True, kw_only=True):
+    """What a version must pass to be released for inference. Every threshold given must be met.
+
+    Attributes:
+        on: ``held-out``: the coordinator's own evaluation decides; ``federated``: what the devices find on
+            the examples they hold out, which they say themselves and nobody can check.
+        metric_at_least: for a metric that is better when higher.
+        metric_at_most: for a metric that is better when lower.
+        loss_at_most: for any plan; the only one for a plan without a metric.
+        min_devices: with ``federated``: at least so many devices must have evaluated the version.
+    """
+
+    on: Literal["held-out", "federated"] = "held-out"
+    metric_at_least: float | None = None
+    metric_at_most: float | None = None
+    loss_at_most: float | None = None
+    min_devices: Count = 3
+
+    def __post_init__(self) -> None:
+        if self.metric_at_least is self.metric_at_most is self.loss_at_most is None:
+            raise ValueError("give metric_at_least, metric_at_most or loss_at_most")
 
 
 class Stop(Table, frozen=True, kw_only=True):
@@ -129,6 +160,8 @@ class CoordinatorSettings(Table, frozen=True, kw_only=True):
         publish: pacing.
         update: what is asked of updates.
         evaluation: held-out evaluation; None: no evaluation.
+        federated: the metric of the devices' own held-out examples.
+        release: what a version must pass to be released for inference; None: every published version is.
         stop: when to stop.
         journal: bounds of the journal.
         metrics: the Prometheus endpoint; None: none.
@@ -147,6 +180,8 @@ class CoordinatorSettings(Table, frozen=True, kw_only=True):
     publish: Publish = Publish()
     update: Update = Update()
     evaluation: Evaluation | None = None
+    federated: Federated = Federated()
+    release: ReleaseGate | None = None
     stop: Stop = Stop()
     journal: Journal = Journal()
     metrics: Metrics | None = None
@@ -159,6 +194,8 @@ class CoordinatorSettings(Table, frozen=True, kw_only=True):
             ids.fleet_id(self.fleet)
         except MalformedId as error:
             raise ValueError(str(error)) from error
+        if self.release is not None and self.release.on == "held-out" and self.evaluation is None:
+            raise ValueError('release on "held-out" needs an [evaluation] table with held-out examples')
 
 
 class Rules(msgspec.Struct, frozen=True, kw_only=True):

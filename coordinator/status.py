@@ -7,6 +7,29 @@ import msgspec
 from fedtide.wire.ids import DeviceId, Epoch, FleetId, ModelVersion, PlanId
 
 
+class DeviceEvaluation(msgspec.Struct, frozen=True, kw_only=True):
+    """What a device found on the examples it holds out, before it trained on the version."""
+
+    version: ModelVersion
+    examples: int
+    loss: float
+    metric: float | None
+
+
+class DeviceTrouble(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a device does not train, in its own words.
+
+    Attributes:
+        event: one word for machines.
+        detail: one sentence for people.
+        version: the model version it concerns, or None.
+    """
+
+    event: str
+    detail: str
+    version: ModelVersion | None
+
+
 class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One device.
 
@@ -20,6 +43,8 @@ class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
         weight_share: its part of all aggregation weight so far, 0 to 1.
         last_rejection: why its latest update was rejected, if it was.
         loss: of its latest local training.
+        evaluation: what it found on the examples it holds out, if it does.
+        trouble: why it does not train, if it says so.
     """
 
     device: DeviceId
@@ -31,6 +56,8 @@ class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
     weight_share: float
     last_rejection: str | None
     loss: float | None
+    evaluation: DeviceEvaluation | None = None
+    trouble: DeviceTrouble | None = None
 
 
 class Updates(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,6 +77,26 @@ class EvaluationPoint(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
     updates: int
     loss: float | None
+    metric: float | None
+
+
+class FederatedMetric(msgspec.Struct, frozen=True, kw_only=True):
+    """Means of what devices found on the examples they hold out, weighted by their number.
+
+    Attributes:
+        oldest_version: evaluated by a device that counts.
+        version: the newest one evaluated by a device that counts.
+        devices: how many count.
+        examples: how many they hold out.
+        loss: mean.
+        metric: mean, or None if the plan has none.
+    """
+
+    oldest_version: ModelVersion
+    version: ModelVersion
+    devices: int
+    examples: int
+    loss: float
     metric: float | None
 
 
@@ -77,6 +124,11 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         parameters: number of parameters.
         metric: name of the metric.
         devices: all enrolled devices.
+        released_version: the newest version released for inference.
+        release_gate: what it had to pass, for people; None: no gate is set.
+        federated: what the devices find on the examples they hold out, now.
+        federated_history: the same for each version by itself, oldest first.
+        troubles: how many reports of trouble came, by their word, in this run.
         cpu_seconds: of this process.
         rss_bytes: peak resident memory of this process.
     """
@@ -103,6 +155,11 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     devices: tuple[DeviceStatus, ...]
     cpu_seconds: float
     rss_bytes: int
+    released_version: ModelVersion | None = None
+    release_gate: str | None = None
+    federated: FederatedMetric | None = None
+    federated_history: tuple[FederatedMetric, ...] = ()
+    troubles: dict[str, int] = {}
 
 
 def peak_rss_bytes() -> int:

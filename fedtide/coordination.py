@@ -1,9 +1,11 @@
 """Making a coordinator from a fleet's directory. Needs the ``coordinator`` extra, but not torch."""
 
+from coordinator.held_out import Evaluate
 from coordinator.metrics import serve_metrics
 from coordinator.plan.file import BuiltPlan, load
 from coordinator.recovery import Recovered, recover
-from coordinator.service import CoordinatorService, Evaluate
+from coordinator.release_gate import check_gate
+from coordinator.service import CoordinatorService
 from coordinator.settings import CoordinatorSettings
 from edge_agent.data_sources import Npz
 from edge_agent.plan_runtime import Evaluation, Evaluator
@@ -22,8 +24,10 @@ def open_coordinator(
         FileNotFoundError, DamagedPlanFile: there is no usable plan.
         AlreadyRunning, JournalDamaged, ReplayMismatch: the state cannot be used.
         DataError: the held-out examples do not fit the plan.
+        SettingsError: no version of this plan can pass the release gate.
     """
     plan = load(settings.plan)
+    check_gate(settings.release, plan.plan.manifest)
     key = directory.key()
     evaluate = held_out_evaluation(settings, plan)
     recovered = recover(directory.state, settings, plan)
@@ -64,6 +68,7 @@ def check(directory: FleetDirectory, settings: CoordinatorSettings) -> str:
         As :func:`open_coordinator`, but for what only the journal can tell.
     """
     plan = load(settings.plan)
+    check_gate(settings.release, plan.plan.manifest)
     directory.key()
     held_out_evaluation(settings, plan)
     size = plan.plan.manifest.schema.size

@@ -190,6 +190,14 @@ codec = "q8"                     # float32, float16, q8
 {no_evaluation}data = {held_out}
 {no_evaluation}every_versions = 1
 
+# [release]                      # what a version must pass before devices use it; without this table: nothing
+# on = "held-out"                # or "federated": on the examples that devices hold out
+# metric_at_least = 0.95         # or metric_at_most, loss_at_most
+# min_devices = 3                # of a federated gate
+
+# [federated]                    # the mean of what devices find on the examples they hold out
+# max_age_versions = 20
+
 # [stop]                         # the first that holds
 # versions = 1000
 # updates = 10000

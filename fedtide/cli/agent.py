@@ -4,9 +4,10 @@ from pathlib import Path
 
 import click
 
-from edge_agent.settings import AgentSettings
+from edge_agent.settings import EMPTY_DIRECTORY, AgentSettings
 from fedtide.assembly import make_agent
-from fedtide.running import configure_logs, run_until_signalled
+from fedtide.cli.predict import predict
+from fedtide.running import configure_logs, run_until_signalled, work_in_an_empty_directory
 from fedtide.wire import ids
 from fedtide.wire.settings import load
 from fedtide.wire.signatures import PublicKey, SigningKey
@@ -17,6 +18,9 @@ def agent() -> None:
     """Set up and run the edge agent of a device."""
 
 
+agent.add_command(predict)
+
+
 @agent.command()
 @click.argument("path", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--fleet", required=True, help="The fleet's id.")
@@ -24,7 +28,10 @@ def agent() -> None:
 @click.option("--broker", default="127.0.0.1:1883", show_default=True, help="HOST:PORT of the broker.")
 @click.option("--coordinator-key", required=True, metavar="HEX", help="As fedtide init printed it.")
 @click.option(
-    "--data", required=True, type=click.Path(path_type=Path), help="An .npz or .csv file of examples."
+    "--data",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="An .npz or .csv file of examples, or a folder of windows.",
 )
 def init(path: Path, *, fleet: str, device: str, broker: str, coordinator_key: str, data: Path) -> None:
     """Make DIR with this device's settings and its own key. The private key never leaves it.
@@ -40,10 +47,11 @@ def init(path: Path, *, fleet: str, device: str, broker: str, coordinator_key: s
         trusted = PublicKey.parse(coordinator_key)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--coordinator-key") from error
-    kind = data.suffix.removeprefix(".")
-    if kind not in {"npz", "csv"}:
+    kind = "windows" if data.is_dir() else data.suffix.removeprefix(".")
+    if kind not in {"npz", "csv", "windows"}:
         raise click.BadParameter(
-            f"{data} ends in {data.suffix!r}; .npz and .csv are read", param_hint="--data"
+            f"{data} ends in {data.suffix!r}; .npz and .csv are read, and folders of windows",
+            param_hint="--data",
         )
     if (path / "agent.toml").exists():
         raise click.ClickException(f"{path} holds an agent already; choose another directory")
@@ -75,11 +83,12 @@ def run(config: Path, *, only_check: bool, json_logs: bool, verbose: bool) -> No
     """Run the agent until it is stopped. It needs no torch and no compiler.
 
     \b
-    Exit codes: 0 stopped by a signal, 1 a failure that is explained.
+    Exit codes: 0 stopped by a signal, 1 a failure that is explained, 70 a training plan that does not stop:
+    start the agent again, it will leave that plan alone.
     Example: fedtide agent run --config pump-7/agent.toml
     """
     configure_logs(verbose=verbose, as_json=json_logs)
-    settings = load(config, AgentSettings)
+    settings = load(config.absolute(), AgentSettings)
     if only_check:
         key = SigningKey.load(settings.key)
         click.echo(
@@ -90,6 +99,7 @@ def run(config: Path, *, only_check: bool, json_logs: bool, verbose: bool) -> No
 
 
 async def _run(settings: AgentSettings) -> None:
+    work_in_an_empty_directory(settings.state / EMPTY_DIRECTORY)
     await make_agent(settings).run()
 
 
@@ -110,14 +120,25 @@ hosts = ["{broker}"]
 # certificate = "{device}.pem"
 # key = "{device}.key"
 
-[data]
+[data]                           # npz, csv, windows, sensor or custom: docs/data-sources.md
 kind = "{kind}"
 path = "{data}"
+# min_examples = 1               # do not train before there are so many
+# min_new_examples = 0           # nor, after a training, before so many have come
 
 # [training]                     # where this device departs from the plan
 # local_epochs = 1
 # batch_size = 32
 # learning_rate = 0.1
 # max_steps = 100
+# max_seconds = 60.0            # begin no further step after so long
+# optimizer_state = "reset"     # or "keep": go on where the last update ended
+# class_weights = "equal"       # or "balanced": for a plan with class weights
+# evaluation_share = 0.2        # of the examples: held out of training, to evaluate each version on
 # threads = 1
+# max_memory_mb = 256           # working memory of a step; the plan's limit may be lower
+
+# [inference]                    # the released model, for fedtide agent predict
+# keep = true
+# min_interval_s = 60.0          # between two models fetched only for this
 """

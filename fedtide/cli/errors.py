@@ -21,6 +21,7 @@ _EXPLAINED: Final = frozenset(
         "FleetExists",
         "JournalDamaged",
         "KeyConflict",
+        "NoModel",
         "PlanRefused",
         "PlanRejected",
         "ReplayMismatch",

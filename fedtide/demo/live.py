@@ -8,7 +8,7 @@ from rich.text import Text
 from coordinator.status import Status
 from edge_agent.simulation import SimulatedFleet
 from fedtide.demo.report import TrafficPoint, megabytes, summarise_staleness
-from fedtide.status_view import accounting_line, headline
+from fedtide.status_view import accounting_line, evaluation_lines, headline
 
 _RATE_WINDOW_S = 3.0
 
@@ -42,6 +42,7 @@ def view(status: Status, fleet: SimulatedFleet, history: list[Counted], now: flo
     """A few lines, redrawn in place."""
     return Group(
         headline(status, now),
+        *evaluation_lines(status),
         accounting_line(status),
         _devices(status, fleet),
         _figures(status, fleet, history),

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from coordinator.settings import CoordinatorSettings
+from edge_agent.data_sources import Windows
 from edge_agent.settings import AgentSettings
 from fedtide.cli import command
 from fedtide.fleet_directory import FleetDirectory
@@ -131,6 +132,14 @@ def test_a_new_agent_has_settings_that_load_and_says_how_to_enrol(run, tmp_path)
     assert f"fedtide enrol pump-7 --key {public}" in shown.output
     assert settings.data.path == tmp_path / "readings.npz"
     assert "settings are good" in run("agent", "run", "--config", "pump/agent.toml", "--check").output
+
+
+def test_a_new_agents_data_may_be_a_folder_of_windows(run, tmp_path):
+    (tmp_path / "windows").mkdir()
+    run(*AGENT_INIT[:-1], "windows")
+
+    data = load(tmp_path / "pump" / "agent.toml", AgentSettings).data
+    assert data == Windows(path=tmp_path / "windows")
 
 
 def test_enrolling_twice_with_another_key_is_refused(run):

@@ -4,10 +4,12 @@ import asyncio
 import os
 import signal
 import socket
+from pathlib import Path
 
 import pytest
 
-from fedtide.running import notify, run_until_signalled
+from fedtide.running import notify, run_until_signalled, work_in_an_empty_directory
+from fedtide.wire.settings import SettingsError
 
 
 @pytest.fixture
@@ -57,3 +59,19 @@ def test_the_result_of_a_service_that_ends_by_itself_comes_back():
         return "metric reached 0.95"
 
     assert run_until_signalled(service()) == "metric reached 0.95"
+
+
+def test_an_agent_works_where_no_file_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "identity.pem").write_text("secret")
+    work_in_an_empty_directory(tmp_path / "state" / "empty")
+    assert not Path("identity.pem").exists()
+    work_in_an_empty_directory(tmp_path / "state" / "empty")  # at the next start
+
+
+def test_a_directory_that_is_not_empty_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "secret").write_text("secret")
+    with pytest.raises(SettingsError, match="must stay empty and holds 'secret'"):
+        work_in_an_empty_directory(tmp_path)
+    assert Path.cwd() == tmp_path

@@ -14,7 +14,7 @@ from coordinator import status
 from coordinator.aggregation import FedBuff
 from coordinator.recovery import recover
 from coordinator.service import CoordinatorService
-from coordinator.settings import Evaluation, Publish, Stop, Update
+from coordinator.settings import Evaluation, Publish, ReleaseGate, Stop, Update
 from coordinator.staleness import Constant
 from fedtide.wire import frame
 from fedtide.wire.chunks import MAX_CHUNK_BYTES, update_chunks
@@ -318,10 +318,10 @@ def test_a_version_that_passes_the_gate_is_released(tmp_path):
         fleet.send(*(update(counter) for counter in (1, 2, 3)))
         assert await running == "metric reached 3"
 
-    gate = Evaluation(data=tmp_path, release_at=3.0)
-    settings = make(Stop(metric=3.0), evaluation=gate, staleness=Constant())
+    gate = {"evaluation": Evaluation(data=tmp_path), "release": ReleaseGate(metric_at_least=3.0)}
+    settings = make(Stop(metric=3.0), staleness=Constant(), **gate)
     fleet = run(tmp_path, settings, scenario, evaluate=evaluate)
-    assert fleet.heads()[-1].released_version == 3
+    assert fleet.heads()[-1].release.version == 3
 
 
 def test_a_shutdown_commits_what_arrived_and_leaves_a_snapshot(tmp_path):

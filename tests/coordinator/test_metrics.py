@@ -3,13 +3,24 @@
 import io
 import urllib.request
 
+import msgspec
 import pytest
 from rich.console import Console
 
 from broker_config.local import free_port
 from coordinator.metrics import serve_metrics
 from coordinator.settings import Metrics
-from coordinator.status import DeviceStatus, EvaluationPoint, Status, Updates, read, write
+from coordinator.status import (
+    DeviceEvaluation,
+    DeviceStatus,
+    DeviceTrouble,
+    EvaluationPoint,
+    FederatedMetric,
+    Status,
+    Updates,
+    read,
+    write,
+)
 from fedtide.status_view import fleet_view
 
 
@@ -17,6 +28,13 @@ def device(name, *, online, applied, share):
     return DeviceStatus(
         device=name, online=online, model_version=6, applied=applied, rejected=1, mean_staleness=1.5,
         weight_share=share, last_rejection="too-stale", loss=0.25,
+    )  # fmt: skip
+
+
+def federated(version, metric, oldest=None):
+    return FederatedMetric(
+        oldest_version=version if oldest is None else oldest, version=version, devices=2, examples=1300,
+        loss=0.75, metric=metric,
     )  # fmt: skip
 
 
@@ -76,10 +94,81 @@ def test_a_status_comes_back_from_its_file(status, tmp_path):
     assert read(tmp_path / "status.json") == status
 
 
+@pytest.fixture
+def released(status):
+    """The same fleet with a release, examples held out on devices, and one device in trouble."""
+    one, two = status.devices
+    return msgspec.structs.replace(
+        status,
+        released_version=5,
+        release_gate="accuracy at least 0.9 on the coordinator's held-out examples",
+        federated=federated(7, 0.625, oldest=4),
+        federated_history=(federated(4, 0.25), federated(7, 0.75)),
+        troubles={"data.unusable": 3, "other": 1},
+        devices=(
+            msgspec.structs.replace(
+                one, evaluation=DeviceEvaluation(version=7, examples=100, loss=0.5, metric=0.8125)
+            ),
+            msgspec.structs.replace(
+                two, trouble=DeviceTrouble(event="data.unusable", detail="x.npz: no such file", version=6)
+            ),
+        ),
+    )
+
+
+def test_release_federated_metric_and_trouble_are_metrics(released):
+    metrics = scrape(released)
+    names = ("released_version", "federated_loss", "federated_metric", "federated_devices",
+             "federated_examples", "devices_in_trouble")  # fmt: skip
+    assert [metrics[f"fedtide_{name}"] for name in names] == ["5.0", "0.75", "0.625", "2.0", "1300.0", "1.0"]
+    assert metrics['fedtide_trouble_reports_total{event="data.unusable"}'] == "3.0"
+
+
+def test_what_nobody_has_found_yet_is_no_metric(status):
+    metrics = scrape(status)
+    assert metrics["fedtide_federated_devices"] == "0.0"
+    assert {"fedtide_federated_metric", "fedtide_federated_loss", "fedtide_released_version"}.isdisjoint(
+        metrics
+    )
+
+
+def test_an_operator_sees_the_release_and_the_devices_own_metric(released):
+    text = shown(released, 1001.0)
+    assert "held out: version 7  loss 0.5000  accuracy 0.8750 ▁█" in text
+    assert (
+        "devices:  versions 4 to 7  loss 0.7500  accuracy 0.6250 ▁█"
+        "  (what 2 devices found on 1,300 of their examples)"
+    ) in text
+    assert (
+        "released: version 5 (it passed accuracy at least 0.9 on the coordinator's held-out examples)" in text
+    )
+    one, two = (line for line in text.splitlines() if line.startswith("pump-"))
+    assert "0.812 at 7" in one
+    assert one.endswith("rejected: too-stale")
+    assert two.endswith("data.unusable: x.npz: no such file")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"released_version": 6}, "released: version 6 (every one is, no gate is set)"),
+        ({"release_gate": "loss at most 1"}, "released: no version yet: none has passed loss at most 1"),
+        ({}, "released: no version yet"),
+    ],
+)
+def test_an_operator_sees_why_a_version_is_released_or_none_is(status, changes, said):
+    assert said in shown(msgspec.structs.replace(status, **changes), 1001.0)
+
+
+def test_a_status_with_everything_in_it_comes_back_from_its_file(released, tmp_path):
+    write(tmp_path / "status.json", released)
+    assert read(tmp_path / "status.json") == released
+
+
 def shown(status, now):
     console = Console(file=io.StringIO(), width=140)
     console.print(fleet_view(status, now))
-    return console.file.getvalue()
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
 
 def test_an_operator_sees_versions_accounting_and_who_is_away(status):

@@ -22,13 +22,15 @@ HEAD = "fl/1/pumps/model/head"
 LARGE = np.arange(800, dtype=np.float32)  # 3200 bytes: four chunks of 1024
 
 
-def make_publisher(remember=None, earlier=(), **changes):
+def make_publisher(remember=None, earlier=(), released=None, **changes):
     async def nothing(_version):
         pass
 
     settings = make_settings(chunk_bytes=1024, **changes)
     identity = Identity(5, PLAN.plan.id, b"the plan", KEY)
-    return Publisher(settings, identity, remember or nothing, lambda: 1000.0, earlier)
+    return Publisher(
+        settings, identity, remember or nothing, lambda: 1000.0, earlier=earlier, released=released
+    )
 
 
 def version(number, parameters=None):
@@ -70,7 +72,7 @@ def test_the_head_says_what_a_device_must_know():
     (head,) = asyncio.run(scenario())
     assert (head.fleet, head.epoch, head.version, head.plan) == (FLEET, 5, 3, PLAN.plan.id)
     assert head.parameters_sha256 == fingerprint(constant(3.0))
-    assert (head.training, head.released_version) == (True, None)
+    assert head.training
     assert (head.issued, head.expires) == (1000.0, 1050.0)
     assert head.update_codec.id == "float16"
 

@@ -1,0 +1,193 @@
+"""The coordinator's own evaluation of new versions, and the release of those that pass the gate."""
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Callable
+from typing import Final, Protocol
+
+import numpy as np
+
+from coordinator.committer import Committer, JournalThread
+from coordinator.federated import FederatedEvaluations
+from coordinator.journal import EvaluationResult, Journal
+from coordinator.model_store import ModelStore, StoredRelease
+from coordinator.publisher import Publisher, Released, Version
+from coordinator.release_gate import passes, sentence
+from coordinator.replay import Bases
+from coordinator.settings import CoordinatorSettings
+from coordinator.status import EvaluationPoint
+from fedtide.wire.ids import ModelVersion
+from fedtide.wire.parameters import Vector
+
+log = logging.getLogger(__name__)
+
+_KEPT_EVALUATIONS: Final = 1000
+
+
+class Outcome(Protocol):
+    """What an evaluation gives."""
+
+    @property
+    def loss(self) -> float:
+        """Mean over the held-out examples."""
+
+    @property
+    def metric(self) -> float | None:
+        """The plan's metric, mean over the held-out examples."""
+
+
+Evaluate = Callable[[Vector], Outcome]
+"""Evaluates parameters on the coordinator's held-out examples; called in a thread."""
+
+
+class Releases:
+    """Releases versions that pass the gate: durably first, then for the publisher to announce.
+
+    Args:
+        settings: the coordinator's; without a gate nothing happens here.
+        metric: the plan's name for its metric.
+        models: keeps the released version.
+        bases: looks up published versions.
+        journal_thread: where files are written.
+        publisher: announces.
+        on_release: called when there is something to announce.
+    """
+
+    def __init__(
+        self,
+        settings: CoordinatorSettings,
+        *,
+        metric: str | None,
+        models: ModelStore,
+        bases: Bases,
+        journal_thread: JournalThread,
+        publisher: Publisher,
+        on_release: Callable[[], None],
+    ) -> None:
+        self._gate = settings.release
+        self._models = models
+        self._bases = bases
+        self._journal_thread = journal_thread
+        self._publisher = publisher
+        self._on_release = on_release
+        self.sentence = sentence(self._gate, metric) if self._gate else None
+
+    @property
+    def version(self) -> ModelVersion | None:
+        """The version released: without a gate, the one that devices were offered last."""
+        if self._gate is None:
+            return self._publisher.version.number if self._publisher.version else None
+        return self._publisher.released.version.number if self._publisher.released else None
+
+    async def consider(
+        self, version: ModelVersion, parameters: Vector, loss: float | None, metric: float | None
+    ) -> None:
+        """Release a version the coordinator has evaluated, if its evaluation decides and it passes."""
+        gate = self._gate
+        if gate is None or gate.on != "held-out" or not self._is_newer(version):
+            return
+        if passes(gate, loss, metric):
+            await self._release(version, parameters)
+
+    async def consider_federated(self, evaluations: FederatedEvaluations) -> None:
+        """Release the newest version that enough devices have evaluated well, if theirs is what decides."""
+        gate = self._gate
+        if gate is None or gate.on != "federated":
+            return
+        passing = (
+            found.version
+            for found in reversed(evaluations.by_version())
+            if found.devices >= gate.min_devices and passes(gate, found.loss, found.metric)
+        )
+        newest = next(passing, None)
+        if newest is None or not self._is_newer(newest):
+            return
+        try:
+            parameters = await self._journal_thread.run(lambda: self._bases(newest))
+        except FileNotFoundError:
+            return  # a version this old is kept no longer
+        await self._release(newest, parameters)
+
+    def _is_newer(self, version: ModelVersion) -> bool:
+        released = self._publisher.released
+        return released is None or version > released.version.number
+
+    async def _release(self, number: ModelVersion, parameters: Vector) -> None:
+        if self.sentence is None or not np.isfinite(parameters).all():
+            return
+        stored = StoredRelease(number, parameters, self.sentence)
+        await self._journal_thread.run(lambda: self._models.save_release(stored))
+        self._publisher.released = Released(Version.of(number, parameters), self.sentence)
+        log.info("Released version %d: %s", number, self.sentence, extra={"event": "version.released"})
+        self._on_release()
+
+
+class HeldOutEvaluation:
+    """Evaluates new versions on the coordinator's held-out examples, where there are any.
+
+    Attributes:
+        points: results of this run, oldest first, the last thousand.
+    """
+
+    def __init__(
+        self,
+        settings: CoordinatorSettings,
+        evaluate: Evaluate | None,
+        *,
+        committer: Committer,
+        journal: Journal,
+        journal_thread: JournalThread,
+        releases: Releases,
+    ) -> None:
+        self._settings = settings.evaluation
+        self._evaluate = evaluate
+        self._committer = committer
+        self._journal = journal
+        self._journal_thread = journal_thread
+        self._releases = releases
+        self._new_version = asyncio.Event()
+        self._began = time.monotonic()
+        self._evaluated: ModelVersion | None = None
+        self.points: list[EvaluationPoint] = []
+
+    def wake(self) -> None:
+        """There may be a new version."""
+        self._new_version.set()
+
+    async def run(self) -> None:
+        """Evaluate new versions as they are made, for ever."""
+        while True:
+            await self._new_version.wait()
+            self._new_version.clear()
+            await self.evaluate_newest()
+
+    async def evaluate_newest(self) -> None:
+        """Evaluate the newest committed version, if it is time."""
+        settings, evaluate, state = self._settings, self._evaluate, self._committer.committed
+        if settings is None or evaluate is None or state.version == self._evaluated:
+            return
+        if self._evaluated is not None and state.version - self._evaluated < settings.every_versions:
+            return
+        outcome = await asyncio.to_thread(lambda: evaluate(state.parameters))
+        loss, metric = _finite(outcome.loss), _finite(outcome.metric)
+        result = EvaluationResult(state.version, loss, metric, time.time())
+        await self._journal_thread.run(lambda: self._journal.add_evaluation(result))
+        self._evaluated = state.version
+        self.points.append(
+            EvaluationPoint(
+                version=state.version,
+                seconds=time.monotonic() - self._began,
+                updates=self._committer.accounting.applied,
+                loss=loss,
+                metric=metric,
+            )
+        )
+        del self.points[:-_KEPT_EVALUATIONS]
+        await self._releases.consider(state.version, state.parameters, loss, metric)
+
+
+def _finite(value: float | None) -> float | None:
+    """A diverged model evaluates to NaN, which neither JSON nor SQLite can hold."""
+    return value if value is not None and math.isfinite(value) else None

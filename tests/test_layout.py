@@ -21,9 +21,12 @@ PURE: Final = (
     )),
     *(f"coordinator/{name}.py" for name in (
         "admission", "staleness", "aggregation", "server_optimizers", "model_state", "marks", "accounting",
-        "entries", "intake", "writer", "fleet_view",
+        "entries", "intake", "writer", "fleet_view", "federated", "release_gate",
     )),
-    *(f"edge_agent/{name}.py" for name in ("local_update", "dataset", "plan_guard")),
+    *(f"edge_agent/{name}.py" for name in (
+        "local_update", "dataset", "hold_out", "plan_guard", "values", "windows", "readings",
+        "data_sources/fitting",
+    )),
 )  # fmt: skip
 """Modules without I/O, clock, randomness or waiting: everything comes in as an argument."""
 

@@ -99,7 +99,7 @@ def test_every_kind_of_message_has_a_sample() -> None:
     for name in _MODULES:
         importlib.import_module(f"fedtide.wire.{name}")
     kinds = {kind for kind in kinds_below(Message) if kind.__module__.startswith("fedtide.wire.")}
-    # One manifest has one schedule; test_training.py has them all.
+    # One manifest has one schedule; test_training_policy.py has them all.
     assert kinds_inside(MESSAGES) | set(get_args(Schedule)) == kinds
 
 

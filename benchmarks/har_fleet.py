@@ -1,9 +1,11 @@
 """Claim: persons' phones learn activities together, asynchronously, well enough for persons never seen.
 
 Every person of the archive is a device; those of its array ``test_subjects`` are none, and the accuracy is
-theirs. The task is ``docs/examples/activity.py``: a 1-D CNN on raw windows of 9 × 128 readings, its scales
-constants. All devices run over a real broker beside the real coordinator process, each at a pace of its own
-by the size of its data, so that updates are stale. They train one after the other in this process.
+theirs. The task is ``docs/examples/activity.py``: raw windows of 9 × 128 readings, the log power behind one
+layer of trained filters, fixed statistics of the window, a linear layer; its scales are constants, and its
+initial parameters the same for every seed. All devices run over a real broker beside the real coordinator
+process, each at a pace of its own by the size of its data, so that updates are stale. They train one after
+the other in this process.
 
 Counted: the accuracy after exactly ``--updates`` applied updates (300), whatever it was before or became
 later: the journal is replayed to that update. One run a seed; a seed decides the paces and the order of
@@ -286,7 +288,7 @@ def main() -> None:
         devices=len(persons.devices),
         lowest_accuracy=min(accuracies),
         accuracies=accuracies,
-        settings=RULES.splitlines()[3:7],
+        settings=[line.format() for line in RULES.splitlines()[3:7]],
         wall_s=time.monotonic() - began,
         runs=[asdict(one) for one in runs],
     )

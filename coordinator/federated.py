@@ -72,7 +72,8 @@ class FederatedEvaluations:
     def add(self, device: DeviceId, event: EvaluationEvent, newest: ModelVersion) -> bool:
         """Take a device's report; False if it cannot be true.
 
-        A device counts once for a version, and only for versions newer than its last: agents never go back.
+        A device counts once for a version. One that goes back to an older version is not believed: agents
+        never do, and by going back and forth one device would count for many.
 
         Args:
             device: enrolled.
@@ -82,6 +83,8 @@ class FederatedEvaluations:
         if not _plausible(event) or event.version > newest:
             return False
         before = self.latest.get(device)
+        if before is not None and event.version < before.version:
+            return False
         if before is None or event.version > before.version:
             self._by_version.setdefault(event.version, _Sum()).add(event, self.max_examples)
             while len(self._by_version) > _KEPT_VERSIONS:

@@ -83,8 +83,9 @@ class FleetView:
             word = _OTHER
         self.trouble_counts[word] += 1
         # It ends up on terminals, which obey control characters.
-        detail = "".join(character if character.isprintable() else " " for character in event.detail)
-        self.troubles[device] = DeviceTrouble(event=word, detail=detail[:_MOST_DETAIL], version=event.version)
+        shown = event.detail[:_MOST_DETAIL]
+        detail = "".join(character if character.isprintable() else " " for character in shown)
+        self.troubles[device] = DeviceTrouble(event=word, detail=detail, version=event.version)
 
     def statuses(self, devices: Iterable[DeviceId], marks: dict[DeviceId, Mark]) -> tuple[DeviceStatus, ...]:
         """One row per device."""

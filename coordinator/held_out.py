@@ -26,6 +26,10 @@ log = logging.getLogger(__name__)
 _KEPT_EVALUATIONS: Final = 1000
 
 
+class EvaluationFailed(Exception):
+    """A version could not be evaluated: a run took too long, needed too much memory or was stopped."""
+
+
 class Outcome(Protocol):
     """What an evaluation gives."""
 
@@ -39,7 +43,10 @@ class Outcome(Protocol):
 
 
 Evaluate = Callable[[Vector], Outcome]
-"""Evaluates parameters on the coordinator's held-out examples; called in a thread."""
+"""Evaluates parameters on the coordinator's held-out examples; called in a thread, one call at a time.
+
+Raises :class:`EvaluationFailed`.
+"""
 
 
 class Releases:
@@ -72,7 +79,16 @@ class Releases:
         self._journal_thread = journal_thread
         self._publisher = publisher
         self._on_release = on_release
-        self.sentence = sentence(self._gate, metric) if self._gate else None
+        self._sentence = sentence(self._gate, metric) if self._gate else None
+
+    @property
+    def sentence(self) -> str | None:
+        """What the released version had to pass, in an earlier run perhaps something else than now.
+
+        While none is released: what one has to pass. None: no gate is set.
+        """
+        released = self._publisher.released
+        return released.gate if self._gate and released else self._sentence
 
     @property
     def version(self) -> ModelVersion | None:
@@ -115,12 +131,16 @@ class Releases:
         return released is None or version > released.version.number
 
     async def _release(self, number: ModelVersion, parameters: Vector) -> None:
-        if self.sentence is None or not np.isfinite(parameters).all():
+        gate = self._sentence
+        if gate is None or not np.isfinite(parameters).all():
             return
-        stored = StoredRelease(number, parameters, self.sentence)
-        await self._journal_thread.run(lambda: self._models.save_release(stored))
-        self._publisher.released = Released(Version.of(number, parameters), self.sentence)
-        log.info("Released version %d: %s", number, self.sentence, extra={"event": "version.released"})
+
+        def work() -> Version:
+            self._models.save_release(StoredRelease(number, parameters, gate))
+            return Version.of(number, parameters)  # its fingerprint takes a while too
+
+        self._publisher.released = Released(await self._journal_thread.run(work), gate)
+        log.info("Released version %d: %s", number, gate, extra={"event": "version.released"})
         self._on_release()
 
 
@@ -148,6 +168,7 @@ class HeldOutEvaluation:
         self._journal_thread = journal_thread
         self._releases = releases
         self._new_version = asyncio.Event()
+        self._evaluating = asyncio.Lock()  # the end of a run may come while a version is being evaluated
         self._began = time.monotonic()
         self._evaluated: ModelVersion | None = None
         self.points: list[EvaluationPoint] = []
@@ -165,12 +186,22 @@ class HeldOutEvaluation:
 
     async def evaluate_newest(self) -> None:
         """Evaluate the newest committed version, if it is time."""
+        async with self._evaluating:
+            await self._evaluate_newest()
+
+    async def _evaluate_newest(self) -> None:
         settings, evaluate, state = self._settings, self._evaluate, self._committer.committed
         if settings is None or evaluate is None or state.version == self._evaluated:
             return
         if self._evaluated is not None and state.version - self._evaluated < settings.every_versions:
             return
-        outcome = await asyncio.to_thread(lambda: evaluate(state.parameters))
+        try:
+            outcome = await asyncio.to_thread(lambda: evaluate(state.parameters))
+        except EvaluationFailed as error:  # no reason to stop training: the next version may do better
+            log.error("Version %d could not be evaluated: %s", state.version, error,  # noqa: TRY400
+                      extra={"event": "evaluation.failed"})  # fmt: skip
+            self._evaluated = state.version
+            return
         loss, metric = _finite(outcome.loss), _finite(outcome.metric)
         result = EvaluationResult(state.version, loss, metric, time.time())
         await self._journal_thread.run(lambda: self._journal.add_evaluation(result))

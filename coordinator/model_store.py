@@ -84,11 +84,7 @@ class ModelStore:
 
     def save_release(self, release: StoredRelease) -> None:
         """Make a version the released one, durably and in one step."""
-        metadata = {
-            "version": str(release.version),
-            "fingerprint": fingerprint(release.parameters).hex(),
-            "gate": release.gate,
-        }
+        metadata = {"version": str(release.version), "gate": release.gate, "sha256": _digest(release)}
         content = save_tensors(self._schema.split(release.parameters), metadata)
         write_durably(self._release_file, content)
 
@@ -99,7 +95,7 @@ class ModelStore:
                 metadata = file.metadata() or {}
                 parameters = self._schema.flatten({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
             stored = StoredRelease(ModelVersion(int(metadata["version"])), parameters, metadata["gate"])
-            whole = fingerprint(parameters).hex() == metadata["fingerprint"]
+            whole = _digest(stored) == metadata["sha256"]
         except FileNotFoundError:
             return None
         except (SafetensorError, ValueError, KeyError) as error:
@@ -108,7 +104,7 @@ class ModelStore:
             )
             return None
         if not whole:
-            log.warning("%s is damaged: its parameters do not have their fingerprint", self._release_file,
+            log.warning("%s is damaged: its content does not have its SHA-256", self._release_file,
                         extra={"event": "release.damaged"})  # fmt: skip
             return None
         return stored
@@ -125,6 +121,12 @@ class ModelStore:
 
     def _file(self, version: ModelVersion) -> Path:
         return self._directory / f"{version:012d}.safetensors"
+
+
+def _digest(release: StoredRelease) -> str:
+    """SHA-256 of all that is stored, in hexadecimal."""
+    text = f"{release.version}\n{release.gate}\n".encode()
+    return hashlib.sha256(text + fingerprint(release.parameters)).hexdigest()
 
 
 def _recent_versions(parameters: Vector) -> int:

@@ -230,13 +230,12 @@ class Publisher:
             kept.add(release.blob.id)
             if release.blob.id not in {ref.id for ref in self._models}:
                 self._models.insert(0, release.blob)
-        unneeded = [ref for ref in self._models if ref.id not in kept]
-        self._models = [ref for ref in self._models if ref.id in kept]
-        for old in unneeded:
+        for old in [ref for ref in self._models if ref.id not in kept]:
             self._offered.discard(old.id)
             for index in range(old.chunks):
                 # An empty retained message takes the retained one away (MQTT 5 section 3.3.1.3).
                 await connection.publish(self._chunk_topic(old, index), b"", retain=True)
+            self._models.remove(old)  # not before: where the connection was lost, the next offer clears it
 
     def _chunk_topic(self, ref: BlobRef, index: int) -> str:
         return BLOB_CHUNK.name(self._settings.fleet, blob=ref.id, index=index)

@@ -1,5 +1,6 @@
 """The settings in ``coordinator.toml``: every table decodes into the object that does the work."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -82,6 +83,10 @@ class ReleaseGate(Table, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.metric_at_least is self.metric_at_most is self.loss_at_most is None:
             raise ValueError("give metric_at_least, metric_at_most or loss_at_most")
+        for name in ("metric_at_least", "metric_at_most", "loss_at_most"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{name} is {value}, a finite number is needed")
 
 
 class Stop(Table, frozen=True, kw_only=True):

@@ -10,11 +10,13 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
 
 from edge_agent.data_sources import DataError
+from edge_agent.data_sources.base import Read, read_at_once
 from edge_agent.dataset import Dataset
 from edge_agent.evaluation import Evaluate, InAThread
 from edge_agent.fetch import Fetcher, FetchFailed, Superseded
@@ -69,6 +71,7 @@ class Workbench:
         compute: runs the training, in a thread or at a simulated pace.
         rng: draws the order of examples and the waits.
         evaluate: evaluates on the examples held out.
+        read: runs ``examples``, in a thread or at once.
         sync: whether files are synced to disk.
         beside: what runs as long as the agent, such as listening to sensors.
     """
@@ -79,6 +82,7 @@ class Workbench:
     compute: Callable[[Callable[[], LocalResult]], Awaitable[LocalResult]]
     rng: np.random.Generator
     evaluate: Evaluate = field(default_factory=InAThread)
+    read: Read = read_at_once
     sync: bool = True
     beside: Callable[[], Coroutine[Any, Any, None]] | None = None
 
@@ -150,7 +154,7 @@ class Agent:
                     await self._deliver(pending)
                 await self._take_in(await self._mailbox.head(self._is_wanted, self._look_again_in_s))
             except (LinkDown, Superseded):
-                continue  # the mailbox is dialling, or has a newer head
+                await asyncio.sleep(0)  # for the mailbox to see that, and dial; or it has a newer head
             except PublishRefused as error:
                 await self._rest_after("publish.refused", error, _AFTER_LASTING_TROUBLE_S)
             except _LASTING_TROUBLE as error:
@@ -166,8 +170,18 @@ class Agent:
         await asyncio.sleep(float(self._bench.rng.uniform(0.5, 1.0)) * longest_s)
 
     async def _deliver(self, pending: Pending) -> None:
-        """Send an update until its receipt comes, or until a newer one shall take its place."""
-        rest_s = await self._sender.deliver(pending)
+        """Send an update until its receipt comes, or until a newer one shall take its place.
+
+        The coordinator may have ended for good and never answer: its last release is kept meanwhile.
+        """
+        keeping = asyncio.create_task(self._models.keep_releases_left_behind())
+        try:
+            rest_s = await self._sender.deliver(pending)
+        finally:
+            keeping.cancel()
+            await asyncio.wait([keeping])
+        if not keeping.cancelled():
+            keeping.result()  # a failure of our own
         if rest_s is None:
             self._trained_version = None
         else:
@@ -190,8 +204,10 @@ class Agent:
         Raises:
             LinkDown, FetchFailed, WrongModel, WireError: the model could not be had now.
         """
+        short = self._is_to_train_on(newest.head) and await self._is_short_of_examples()
+        newest = await self._mailbox.head(lambda _: True)  # one may have come while examples were read
         head = newest.head
-        to_train = self._is_to_train_on(head)
+        to_train = not short and self._is_to_train_on(head)
         model = None
         if to_train or self._is_to_evaluate(head):
             model = await self._models.install(newest, idle=not to_train)
@@ -203,16 +219,14 @@ class Agent:
             if to_train:
                 await self._train_on(model)
 
-    def _short_of_examples(self) -> bool:
-        """Whether there are too few examples to train, before anything is fetched. Looks now and then."""
+    async def _is_short_of_examples(self) -> bool:
+        """Whether there are too few examples to train; then it says when to look again."""
         model = self._models.newest
         if model is None or not (self._short or self._settings.data.min_new_examples):
             return False
-        if time.monotonic() < self._look_after:
-            return True
         manifest = model.plan.manifest
         try:
-            missing = self._shortage(self._bench.examples(manifest), manifest)
+            missing = self._shortage(await self._examples(manifest), manifest)
         except DataError:
             return False  # of this plan, perhaps not of the next; the training will tell
         self._short = missing is not None
@@ -230,7 +244,8 @@ class Agent:
         return shortage(
             dataset,
             needed=max(data.min_examples, manifest.min_batch),
-            needed_new=data.min_new_examples,
+            # An update that waits unsent gives way to a newer one, for which old examples will do.
+            needed_new=data.min_new_examples if self._outbox.oldest() is None else 0,
             trained_to=self._trained_to.mark,
         )
 
@@ -239,8 +254,7 @@ class Agent:
         return (
             head.training
             and (again or head.version != self._trained_version)
-            and time.monotonic() >= self._rest_until
-            and not self._short_of_examples()
+            and time.monotonic() >= max(self._rest_until, self._look_after)
         )
 
     def _is_to_evaluate(self, head: Head) -> bool:
@@ -253,20 +267,25 @@ class Agent:
     def _training(self, manifest: PlanManifest) -> Training:
         return self._settings.training.applied_to(manifest.training)
 
-    def _split(self, dataset: Dataset, manifest: PlanManifest) -> Split:
-        return self._hold_out.split(dataset, self._training(manifest).evaluation_share)
+    async def _examples(self, manifest: PlanManifest) -> Dataset:
+        return await self._bench.read(partial(self._bench.examples, manifest))
+
+    async def _split(self, dataset: Dataset, manifest: PlanManifest) -> Split:
+        share = self._training(manifest).evaluation_share
+        return await self._bench.read(partial(self._hold_out.split, dataset, share))
 
     async def _evaluate(self, model: InstalledModel) -> None:
         """Evaluate a version on the examples held out, once, and report it."""
         manifest, version = model.plan.manifest, model.head.version
         if version == self._evaluated_version or not self._training(manifest).evaluation_share:
             return
-        held_out = self._split(self._bench.examples(manifest), manifest).held_out
+        held_out = (await self._split(await self._examples(manifest), manifest)).held_out
         self._evaluated_version = version  # whatever comes of it: training must not wait for ever
         if held_out is None:
             return
         own = with_own_statistics(manifest, model.parameters, self._kept.of(model.plan))
-        found = await self._bench.evaluate(model.plan, own, held_out)
+        with self._trial.evaluation(model.plan.id):
+            found = await self._bench.evaluate(model.plan, own, held_out)
         if not math.isfinite(found.loss) or not math.isfinite(found.metric or 0.0):
             log.warning("Version %d evaluates to loss %g", version, found.loss,
                         extra={"event": "evaluation.not_finite"})  # fmt: skip
@@ -279,11 +298,11 @@ class Agent:
 
     async def _train_on(self, model: InstalledModel) -> None:
         manifest = model.plan.manifest
-        dataset = self._bench.examples(manifest)
+        dataset = await self._examples(manifest)
         self._short = self._shortage(dataset, manifest) is not None
         if self._short:
             return
-        examples = self._split(dataset, manifest).training
+        examples = (await self._split(dataset, manifest)).training
         if not len(examples):
             raise DataError(
                 f"all {len(dataset)} examples are held out; more of them, or a smaller evaluation_share, "

@@ -5,18 +5,19 @@ device than a few chunks.
 """
 
 import asyncio
+import contextlib
 from dataclasses import dataclass, field
 from typing import Final
 
 from fedtide.wire.chunks import MAX_CHUNK_BYTES, check_ref, join_blob
 from fedtide.wire.ids import BlobId, FleetId
-from fedtide.wire.link import Connection
+from fedtide.wire.link import Connection, LinkDown
 from fedtide.wire.messages import BlobRef
 from fedtide.wire.topics import BLOB_CHUNK
 
 _OUTSTANDING: Final = 4
 _SILENCE_S: Final = 10.0
-_SILENCE_AFTER_A_HEAD_S: Final = 1.0  # the blob may have been cleared, and the new head may name another
+_SILENCE_AFTER_A_HEAD_S: Final = 3.0  # the blob may have been cleared, and the new head may name another
 
 
 class FetchFailed(Exception):
@@ -60,7 +61,7 @@ class Fetcher:
 
         Raises:
             WireError: the reference or the content is wrong.
-            FetchFailed: nothing came for ten seconds; :class:`Superseded` after one second, where a head came
+            FetchFailed: nothing came for ten seconds; :class:`Superseded` after three seconds, where a head came
                 since the fetch began.
             LinkDown: the connection was lost; chunks that came are kept for the next attempt.
         """
@@ -88,4 +89,5 @@ class Fetcher:
                 raise Superseded(f"no chunk of blob {ref.id} came after a newer head") from None
             raise FetchFailed(f"no chunk of blob {ref.id} came for {_SILENCE_S:g} s") from None
         finally:
-            await connection.unsubscribe(names)
+            with contextlib.suppress(LinkDown):  # which must not take the place of a cancellation
+                await connection.unsubscribe(names)

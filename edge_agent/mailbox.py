@@ -142,6 +142,10 @@ class Mailbox:
             raise LinkDown("the connection was lost")
         return self.connection
 
+    async def left_alone(self) -> None:
+        """Wait until the coordinator is known to be away, perhaps for good."""
+        await self._until(self._coordinator_away)
+
     async def online(self, timeout_s: float | None = None) -> Connection:
         """A live connection, while the coordinator is not known to be away.
 
@@ -169,7 +173,8 @@ class Mailbox:
             if newest is not None and wanted(newest.head):
                 return newest
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(look_again_s()):
+                # Without a head there is nothing to ask about, and the times tell nothing.
+                async with asyncio.timeout(look_again_s() if newest is not None else None):
                     await self._until(lambda: bool(self._unread_heads))
 
     def forget_answers(self) -> None:

@@ -1,5 +1,6 @@
 """The models a device holds: the newest, to train on, and the released one, for inference."""
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from edge_agent.mailbox import Mailbox, SealedHead
 from edge_agent.model_slots import InstalledModel, ModelSlots, WrongModel
 from edge_agent.settings import Inference
 from fedtide.wire.errors import WireError
+from fedtide.wire.link import LinkDown
 from fedtide.wire.messages import Head, Release
 from fedtide.wire.parameters import to_bytes
 
@@ -129,6 +131,16 @@ class Models:
         self.released = newest.head
         log.info("Version %d is installed for inference", release.version,
                  extra={"event": "release.installed"})  # fmt: skip
+
+    async def keep_releases_left_behind(self) -> None:
+        """While the coordinator is away, keep what it released last: the broker has it. Until cancelled."""
+        while True:
+            await self._mailbox.left_alone()
+            newest = await self._mailbox.head(self.wants_release, lambda: _AFTER_FAILURE_S)
+            try:
+                await self.keep_release(newest)
+            except (LinkDown, Superseded):
+                await asyncio.sleep(0)  # for the mailbox to see it
 
     def _is_here(self, release: Release) -> bool:
         held = self.released and self.released.release

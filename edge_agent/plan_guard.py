@@ -12,10 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
-from fedtide.wire.plan import MAX_GRAPH_BYTES, PLAN_OPERATORS, Plan, PlanManifest
+from fedtide.wire.plan import MAX_GRAPH_BYTES, MAX_NODES, PLAN_OPERATORS, Plan, PlanManifest
 
-MAX_NODES: Final = 20_000
-"""An LSTM over 64 time steps has 660, a loop over 24 steps that a model's owner wrote 1,400."""
 MAX_INITIALIZER_BYTES: Final = 64 << 20
 """What the constants of one graph may take once loaded."""
 MAX_TENSOR_ELEMENTS: Final = 1 << 28

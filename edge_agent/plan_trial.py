@@ -72,6 +72,18 @@ class PlanTrial:
         Raises:
             PlanRefused: as for :meth:`check`.
         """
+        with self.evaluation(plan):
+            yield
+        if self._note is not None and not self._note.passed:
+            self._write(msgspec.structs.replace(self._note, begun=0, passed=True))
+
+    @contextmanager
+    def evaluation(self, plan: PlanId) -> Iterator[None]:
+        """Around evaluating the plan. To end well shows nothing of the training: that is still a trial.
+
+        Raises:
+            PlanRefused: as for :meth:`check`.
+        """
         self.check(plan)
         note = self._note if self._note is not None and self._note.plan == plan else _Note(plan=plan)
         if note.passed:
@@ -80,10 +92,8 @@ class PlanTrial:
         self._write(msgspec.structs.replace(note, begun=note.begun + 1))
         try:
             yield
-        except BaseException:
+        finally:
             self._write(note)
-            raise
-        self._write(msgspec.structs.replace(note, begun=0, passed=True))
 
     def refuse(self, plan: PlanId, reason: str) -> None:
         """Never run this plan again."""

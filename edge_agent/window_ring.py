@@ -199,7 +199,8 @@ class WindowRing:
             )  # fmt: skip
             self._begin_segment()
             for segment in self._segments[:-1]:
-                segment.path.unlink(missing_ok=True)
+                if segment.path != self._segments[-1].path:  # as that of one without windows is
+                    segment.path.unlink(missing_ok=True)
             del self._segments[:-1]
         self._remove_oldest(0, keep=1)
 

@@ -4,10 +4,11 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 
@@ -24,6 +25,8 @@ from fedtide.wire.link import Traffic
 from fedtide.wire.mqtt import MqttDialler
 from fedtide.wire.plan import Plan, PlanManifest
 from fedtide.wire.signatures import SigningKey
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +49,7 @@ def make_agent(settings: AgentSettings) -> Agent:
         compute=in_a_thread,
         rng=rng,
         evaluate=InAThread(settings.training.memory_bytes, leave_plan),
+        read=InOneThread(),
         beside=sensor_listener(settings, rng).run if isinstance(settings.data, Sensor) else None,
     )
     settings.state.mkdir(parents=True, exist_ok=True)
@@ -65,6 +69,20 @@ def end_process(note: Path, plan: PlanId, reason: str) -> None:
 async def in_a_thread(work: Callable[[], LocalResult]) -> LocalResult:
     """Train beside the event loop, so that the connection stays alive."""
     return await asyncio.to_thread(work)
+
+
+class InOneThread:
+    """Reads examples beside the event loop, so that the connection stays alive while a large table is read.
+
+    Always the same thread: what an owner's class holds, such as a database, may be for one thread only.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "examples")
+
+    async def __call__(self, work: Callable[[], T]) -> T:
+        """See :class:`edge_agent.data_sources.base.Read`."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
 
 def sensor_listener(settings: AgentSettings, rng: np.random.Generator) -> SensorListener:

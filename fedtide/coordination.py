@@ -1,6 +1,6 @@
 """Making a coordinator from a fleet's directory. Needs the ``coordinator`` extra, but not torch."""
 
-from coordinator.held_out import Evaluate
+from coordinator.held_out import Evaluate, EvaluationFailed
 from coordinator.metrics import serve_metrics
 from coordinator.plan.file import BuiltPlan, load
 from coordinator.recovery import Recovered, recover
@@ -8,7 +8,7 @@ from coordinator.release_gate import check_gate
 from coordinator.service import CoordinatorService
 from coordinator.settings import CoordinatorSettings
 from edge_agent.data_sources import Npz
-from edge_agent.plan_runtime import Evaluation, Evaluator
+from edge_agent.plan_runtime import Evaluation, Evaluator, StepFailed
 from fedtide.fleet_directory import FleetDirectory
 from fedtide.wire.link import Traffic
 from fedtide.wire.mqtt import MqttDialler
@@ -87,6 +87,9 @@ def held_out_evaluation(settings: CoordinatorSettings, plan: BuiltPlan) -> Evalu
     evaluator = Evaluator(plan.plan)
 
     def evaluate(parameters: Vector) -> Evaluation:
-        return evaluator.evaluate(parameters, dataset)
+        try:
+            return evaluator.evaluate(parameters, dataset)
+        except StepFailed as error:
+            raise EvaluationFailed(str(error)) from error
 
     return evaluate

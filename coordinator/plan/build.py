@@ -20,6 +20,7 @@ from coordinator.plan.verify import verify
 from fedtide.wire.parameters import Schema, TensorSpec
 from fedtide.wire.plan import (
     MAX_GRAPH_BYTES,
+    MAX_NODES,
     MAX_PLAN_BYTES,
     PLAN_OPERATORS,
     Plan,
@@ -62,6 +63,7 @@ def assemble(task: Task, graphs: Graphs) -> BuiltPlan:
         PlanRejected: devices would refuse the graphs, or they disagree with torch.
     """
     _check_operators(graphs)
+    _check_nodes(graphs)
     _check_inputs(task, graphs)
     manifest = _manifest(task, graphs, verify(task, graphs))
     _check_evaluation_state(manifest)
@@ -136,6 +138,15 @@ def _check_operators(graphs: Graphs) -> None:
     if unknown := set(operators(graphs.train.shipped, graphs.evaluation.model)) - PLAN_OPERATORS:
         raise PlanRejected(
             f"The graph needs ONNX operators that devices do not run: {', '.join(sorted(unknown))}."
+        )
+
+
+def _check_nodes(graphs: Graphs) -> None:
+    nodes = max(len(model.graph.node) for model in (graphs.train.shipped, graphs.evaluation.model))
+    if nodes > MAX_NODES:
+        raise PlanRejected(
+            f"A graph has {nodes:,} nodes, and devices accept {MAX_NODES:,}; make the model shallower, or "
+            "shorten its sequences: each time step is nodes of its own."
         )
 
 

@@ -197,6 +197,13 @@ def _input_gradient(
     return transposed
 
 
+def _bias_gradient(gradient: Tensor) -> Tensor:
+    """The sum by channel; in two steps for one channel, whose values onnxruntime adds one by one."""
+    if gradient.shape[1] > 1:
+        return gradient.sum(dim=but_channels(gradient))
+    return gradient.sum(dim=but_channels(gradient)[1:]).sum(dim=0)
+
+
 def _convolution_backward(
     gradient: Tensor,
     x: Tensor,
@@ -229,7 +236,7 @@ def _convolution_backward(
         fine, coarse = (gradient, x) if transposed else (x, gradient)
         for_weight = _kernel_gradient(fine, coarse, window, groups)
     if wanted[2]:
-        for_bias = gradient.sum(dim=but_channels(gradient))
+        for_bias = _bias_gradient(gradient)
     return for_x, for_weight, for_bias
 
 

@@ -36,7 +36,8 @@ _MEANINGS: Final = (
         re.compile(r"specialized it to be a constant \((\d+)\)"),
         (
             "The model fixes the batch size at {0}, but devices use other sizes; "
-            "write x.flatten(1) or x.view(len(x), ...) in place of the number {0}."
+            "write x.flatten(1) or x.view(x.shape[0], ...), not the number {0} and not len(x), which is "
+            "a fixed number here."
         ),
     ),
     (

@@ -3,15 +3,17 @@
 import csv
 import zipfile
 import zlib
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import Annotated, Final, Protocol, TypeAlias
+from typing import Annotated, Final, Protocol, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import Meta
 
 from edge_agent.dataset import Dataset
 from fedtide.wire.plan import PlanManifest
+
+T = TypeVar("T")
 
 Count: TypeAlias = Annotated[int, Meta(ge=1)]
 Bytes: TypeAlias = Annotated[int, Meta(ge=1024)]
@@ -51,6 +53,18 @@ class Reader(Protocol):
         Raises:
             DataError: there is nothing to read from.
         """
+
+
+class Read(Protocol):
+    """Runs what reads examples, which may take long; one after the other."""
+
+    async def __call__(self, work: Callable[[], T]) -> T:
+        """What ``work`` gives, or raises."""
+
+
+async def read_at_once(work: Callable[[], T]) -> T:
+    """Read in the event loop, for examples that are in memory already."""
+    return work()
 
 
 class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind"):

@@ -82,7 +82,7 @@ class Csv(FileSource, frozen=True, tag="csv"):
                 )
             inputs = newest.features.reshape(len(newest), *shape)
         else:
-            starts = self._starts(newest.runs, columns.width)
+            starts = self._starts(newest.runs, rows.total - len(newest), columns.width)
             windows = cut(newest.features, starts, self.window)
             inputs = oriented(windows, shape, channels_first=self.channels_first)
             labels = self._window_labels(labels, starts) if manifest.targets else labels[starts]
@@ -91,9 +91,14 @@ class Csv(FileSource, frozen=True, tag="csv"):
         targets = _as_targets(labels, manifest.targets) if manifest.targets else None
         return fitted(Arrays([inputs], targets, arrived, tally.skipped, span), manifest)
 
-    def _starts(self, runs: npt.NDArray[np.int64], width: int) -> npt.NDArray[np.int64]:
+    def _starts(self, runs: npt.NDArray[np.int64], before: int, width: int) -> npt.NDArray[np.int64]:
+        """Where windows start in rows of which as many came ``before`` and are not held any more."""
         length = self.window or 1
-        starts = window_starts(runs, length, self.stride or length)
+        stride = self.stride or length
+        # The first run may have lost its begin. Its windows start at multiples of the stride all the same: at
+        # other rows with every row lost, they would share readings with windows that were held out before.
+        passed_over = min(-before % stride, int(np.count_nonzero(runs == runs[:1])))
+        starts = window_starts(runs[passed_over:], length, stride) + passed_over
         if not len(starts):
             longest = int(np.unique(runs, return_counts=True)[1].max(initial=0))
             raise ValueError(f"a window has {length} rows; at most {longest} good rows follow one another")

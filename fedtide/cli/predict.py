@@ -19,6 +19,7 @@ from fedtide.wire.settings import load
 
 _KINDS: Final = (".npz", ".csv")
 _SHOWN_OUTPUTS: Final = 8
+_NO_LIMIT: Final = 1 << 60  # of memory: a row left out would be a prediction of another
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ def read_inputs(source: Path, data: DataSource, manifest: PlanManifest) -> tuple
     """
     if source.suffix == ".npz":
         return _npz_inputs(source, data, len(manifest.inputs))
-    table = msgspec.structs.replace(data, path=source) if isinstance(data, Csv) else Csv(path=source)
+    table = data if isinstance(data, Csv) else Csv(path=source)
+    table = msgspec.structs.replace(table, path=source, max_bytes=_NO_LIMIT)
     dataset = table.load(msgspec.structs.replace(manifest, targets=None))
     if dataset.skipped:  # the outputs could not be told which row they belong to
         raise DataError(f"{source}: bad rows: {'; '.join(map(str, dataset.skipped))}")

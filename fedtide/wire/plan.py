@@ -23,6 +23,8 @@ MAX_PLAN_BYTES: Final = 1 << 20
 """A plan has 2 to 16 KB, a recurrent one of many steps up to 64; a megabyte leaves room and bounds memory."""
 MAX_GRAPH_BYTES: Final = 8 << 20
 """An inflated graph; the largest seen is 60 KB."""
+MAX_NODES: Final = 20_000
+"""Of one graph. An LSTM over 64 time steps has 660, a loop over 24 steps that a model's owner wrote 1,400."""
 
 
 PLAN_OPERATORS: Final = frozenset(

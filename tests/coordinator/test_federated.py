@@ -106,6 +106,16 @@ def test_a_device_that_repeats_itself_counts_once_for_a_version():
     assert (mean.devices, mean.metric) == (1, 0.75)
 
 
+def test_a_device_that_goes_back_and_forth_counts_once_for_a_version():
+    evaluations = reported((ONE, found(version=5, metric=0.9)))
+    for _ in range(3):  # or one device would be as many as a release gate asks for
+        assert not evaluations.add(ONE, found(version=3, metric=0.0), 5)
+        assert evaluations.add(ONE, found(version=5, metric=0.9), 5)
+    (mean,) = evaluations.by_version()
+    assert (mean.version, mean.devices) == (5, 1)
+    assert evaluations.latest[ONE].version == 5
+
+
 def test_the_history_is_bounded():
     evaluations = reported(*((ONE, found(version=version)) for version in range(1200)), newest=1200)
     history = evaluations.by_version()

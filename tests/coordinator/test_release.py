@@ -1,6 +1,8 @@
 """What is released: the gate, the file that survives a restart, and the head that tells the devices."""
 
 import asyncio
+import math
+import threading
 
 import msgspec
 import numpy as np
@@ -11,12 +13,14 @@ from test_coordinator_service import AT_ONCE, Outcome, run, update
 from test_publisher import HEAD, LARGE, blob, heads, make_publisher, version
 
 from coordinator.aggregation import FedBuff
+from coordinator.held_out import EvaluationFailed
 from coordinator.model_store import ModelStore, StoredRelease
 from coordinator.publisher import Released
 from coordinator.release_gate import check_gate, passes, sentence
 from coordinator.settings import CoordinatorSettings, Evaluation, ReleaseGate, Stop
 from coordinator.staleness import Constant
 from fedtide.wire import frame
+from fedtide.wire.link import LinkDown
 from fedtide.wire.messages import EvaluationEvent
 from fedtide.wire.parameters import fingerprint, to_bytes
 from fedtide.wire.settings import SettingsError
@@ -55,6 +59,13 @@ def test_the_gate_says_what_it_asks_for():
 def test_a_gate_without_a_threshold_is_a_mistake():
     with pytest.raises(ValueError, match="give metric_at_least, metric_at_most or loss_at_most"):
         ReleaseGate()
+
+
+@pytest.mark.parametrize("threshold", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["metric_at_least", "metric_at_most", "loss_at_most"])
+def test_a_threshold_that_nothing_or_everything_meets_is_a_mistake(name, threshold):
+    with pytest.raises(ValueError, match=f"{name} is {threshold}, a finite number is needed"):
+        ReleaseGate(**{name: threshold})
 
 
 def test_a_gate_on_held_out_examples_needs_some():
@@ -105,6 +116,16 @@ def test_a_damaged_release_is_none(tmp_path, cut):
         content[-1] ^= 1  # a parameter
     file.write_bytes(content[:cut] if cut >= 0 else content)
     assert store(tmp_path).release() is None
+
+
+def test_a_release_whose_number_or_gate_is_damaged_is_none(tmp_path):
+    store(tmp_path).save_release(StoredRelease(7, constant(7.0), "gate"))
+    file = tmp_path / "released.safetensors"
+    whole = file.read_bytes()
+    for right, wrong in ((b'"7"', b'"9"'), (b'"gate"', b'"fate"')):
+        assert right in whole
+        file.write_bytes(whole.replace(right, wrong))
+        assert store(tmp_path).release() is None
 
 
 def test_without_a_gate_what_is_offered_is_released(tmp_path):
@@ -176,6 +197,34 @@ def test_a_broker_that_forgot_gets_the_release_again():
     (head,) = heads(empty)
     assert (head.version, head.release.version) == (5, 1)
     assert empty.topics()[-1] == HEAD
+
+
+def test_models_that_a_lost_connection_kept_from_being_cleared_are_cleared_on_the_next_one():
+    async def scenario():
+        connection, publisher = RecordingConnection(), make_publisher(release=GATE)
+
+        def lose(publication):
+            if publication.payload == b"":
+                raise LinkDown("lost")
+
+        for number in range(1, 9):
+            if number == 8:  # clears two models: the release before, and the oldest of four
+                connection.on_publish = lose
+                publisher.released = Released(publisher.version, "")
+                with pytest.raises(LinkDown):
+                    await publisher.publish(connection, version(number, LARGE + np.float32(number)))
+            else:
+                await publisher.publish(connection, version(number, LARGE + np.float32(number)))
+            if number == 1:
+                publisher.released = Released(publisher.version, "")
+        connection.on_publish = lambda _publication: None
+        await publisher.renew(connection, everything=True)
+        return connection
+
+    connection = asyncio.run(scenario())
+    left = {topic.split("/")[5] for topic in retained(connection.published) if "/b/" in topic}
+    kept = {head.full_blob.id for head in heads(connection) if head.version >= 6}
+    assert left == kept | {heads(connection)[0].plan_blob.id}
 
 
 def test_a_release_is_news_until_a_head_names_it():
@@ -251,6 +300,59 @@ def test_a_restart_of_the_coordinator_keeps_the_release(tmp_path):
     assert after.outcome.released_version == 2
     content = blob(after.connection, first.release.blob)
     assert fingerprint(np.frombuffer(content, np.float32)) == first.release.parameters_sha256
+
+
+def test_a_version_that_is_being_evaluated_at_the_end_is_evaluated_once(tmp_path):
+    evaluated = []
+
+    def slow(parameters):
+        evaluated.append(float(parameters[0]))
+        threading.Event().wait(0.6 * evaluated[-1])  # version 1: longer than until the coordinator stops
+        return first_parameter(parameters)
+
+    async def scenario(fleet, running):
+        fleet.send(update(1))
+        assert await running == "versions reached 1"
+        return fleet.service.status("stopped")
+
+    settings = make(ReleaseGate(metric_at_least=1.0), tmp_path, stop=Stop(versions=1))
+    fleet = run(tmp_path, settings, scenario, evaluate=slow)
+    assert evaluated == [0.0, 1.0]
+    assert [point.version for point in fleet.outcome.evaluations] == [0, 1]
+    assert releases(fleet)[-1] == 1
+
+
+def test_an_evaluation_that_fails_ends_no_training_and_releases_nothing(tmp_path, caplog):
+    def stopped_at_first(parameters):
+        if parameters[0] < 2:
+            raise EvaluationFailed("a run took longer than 30 s")
+        return first_parameter(parameters)
+
+    async def scenario(fleet, _running):
+        await send_each(fleet, (1, 2))
+        await fleet.connection.until(lambda: releases(fleet)[-1] == 2)
+        return fleet.service.status("running")
+
+    settings = make(ReleaseGate(metric_at_least=0.0), tmp_path)
+    fleet = run(tmp_path, settings, scenario, evaluate=stopped_at_first)
+    assert {released for released in releases(fleet) if released is not None} == {2}
+    assert [point.version for point in fleet.outcome.evaluations] == [2]
+    assert "Version 1 could not be evaluated: a run took longer than 30 s" in caplog.messages
+
+
+def test_a_release_of_an_earlier_run_is_shown_with_the_gate_that_it_passed(tmp_path):
+    async def pass_with_the_first(fleet, _running):
+        await send_each(fleet, (1,))
+        await fleet.connection.until(lambda: releases(fleet)[-1] == 1)
+
+    async def look(fleet, _running):
+        return fleet.service.status("running")
+
+    mild, strict = ReleaseGate(metric_at_least=1.0), ReleaseGate(metric_at_least=9.0)
+    run(tmp_path, make(mild, tmp_path), pass_with_the_first, evaluate=first_parameter)
+    status = run(tmp_path, make(strict, tmp_path), look, evaluate=first_parameter).outcome
+    assert status.released_version == 1
+    assert status.release_gate == "metric at least 1 on the coordinator's held-out examples"
 
 
 def test_without_a_gate_an_old_release_is_not_offered(tmp_path):

@@ -2,7 +2,7 @@
 
 import asyncio
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from agent_world import (
     EXAMPLES,
     FLEET,
     STRANGERS_KEY,
+    MemoryConnection,
     Published,
     Release,
     World,
@@ -37,7 +38,7 @@ from edge_agent.plan_runtime import LocalResult, StepDeadlineExceeded
 from edge_agent.plan_session import StepFailed
 from edge_agent.settings import LocalTraining
 from fedtide.wire import frame, topics
-from fedtide.wire.link import PublishRefused
+from fedtide.wire.link import LinkDown, PublishRefused
 from fedtide.wire.messages import Reason, TrainingEvent, Verdict
 from fedtide.wire.plan import PlanManifest
 from fedtide.wire.seal import seal
@@ -612,5 +613,74 @@ def test_a_failure_of_our_own_ends_the_agent_instead_of_being_hidden(world: Worl
         with pytest.raises(ExceptionGroup) as failed:
             await agent.run()
         assert failed.group_contains(ZeroDivisionError)
+
+    run(main)
+
+
+def test_a_connection_that_is_found_dead_by_a_fetch_does_not_stop_everything_else(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The work loop may see the end before the mailbox does; it must let the mailbox see it."""
+    subscribe, lives = MemoryConnection.subscribe, [0, 20]
+
+    async def dies(connection: MemoryConnection, filters: Sequence[str], *, qos: int = 1) -> None:
+        if connection is not world.broker.connections[0] or topics.HEAD.name(FLEET) in filters:
+            return await subscribe(connection, filters, qos=qos)
+        connection.abort()
+        lives[0] += 1
+        if lives[0] > lives[1]:
+            raise AssertionError("the work loop turns without letting anything else run")
+        raise LinkDown("connection aborted")
+
+    async def main() -> None:
+        monkeypatch.setattr(MemoryConnection, "subscribe", dies)
+        await world.coordinator.publish(Release(1))
+        world.start(world.agent())
+        assert (await world.coordinator.updates.get()).envelope.header.base_version == 1
+        await world.stop()
+
+    run(main)
+
+
+def test_without_a_head_there_is_nothing_to_look_at_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        await world.coordinator.publish(Release(1))
+        world.start(world.agent())
+        await world.coordinator.updates.get()
+        await world.stop()
+        del world.broker.retained[topics.HEAD.name(FLEET)]
+        agent, looks = world.agent(), 0
+        look = agent._look_again_in_s
+
+        def counted() -> float | None:
+            nonlocal looks
+            looks += 1
+            return look()
+
+        monkeypatch.setattr(agent, "_look_again_in_s", counted)
+        world.start(agent)
+        await settled(world, agent)  # and now it may train again, were there a head
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert looks <= 1
+        await world.stop()
+
+    run(main)
+
+
+def test_an_agent_that_is_cut_in_the_middle_of_a_fetch_ends(world: World) -> None:
+    async def main() -> None:
+        await world.coordinator.publish(Release(1))
+        last = list(Release(1).blob_messages())[-1]
+        del world.broker.retained[last]
+        agent = world.agent()
+        task = world.start(agent)
+        await until(lambda: any(last in each.filters for each in world.broker.connections))
+        agent.cut()
+        task.cancel()
+        ended, _ = await asyncio.wait([task], timeout=2.0)
+        assert ended
 
     run(main)

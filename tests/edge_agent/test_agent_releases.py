@@ -145,6 +145,21 @@ def test_the_last_version_is_had_although_training_has_ended(world: World) -> No
     run(main)
 
 
+def test_the_last_version_is_had_although_the_coordinator_left_an_update_unanswered(world: World) -> None:
+    async def main() -> None:
+        await world.coordinator.announce()
+        await world.coordinator.publish(Release(1).itself())
+        world.start(world.agent())
+        await world.coordinator.updates.get()
+        await world.coordinator.publish(Release(2, training=False).itself())
+        await world.coordinator.announce(online=False)
+        await until(lambda: version_released(world) == 2)
+        assert len(world.outbox_files()) == 1
+        await world.stop()
+
+    run(main)
+
+
 def test_a_device_without_data_has_the_release_all_the_same(world: World) -> None:
     def no_examples(_manifest: PlanManifest) -> Dataset:
         raise DataError("no such file")

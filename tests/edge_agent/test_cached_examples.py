@@ -1,18 +1,20 @@
 """What a real agent is assembled with: examples read only when they change, and a sensor's listener."""
 
+import asyncio
 import logging
 import os
+import threading
 from pathlib import Path
 from typing import Final
 
 import msgspec
 import numpy as np
 import pytest
-from agent_world import COORDINATOR_KEY, DEVICE_KEY, tiny_plan
+from agent_world import COORDINATOR_KEY, DEVICE_KEY, agent_settings, tiny_plan
 
 from edge_agent.data_sources import Csv, Custom, DataError, Npz
 from edge_agent.settings import AgentSettings
-from fedtide.assembly import CachedExamples, make_agent, sensor_listener
+from fedtide.assembly import CachedExamples, InOneThread, make_agent, sensor_listener
 from fedtide.wire.parameters import TensorSpec
 from fedtide.wire.settings import parse
 
@@ -123,3 +125,24 @@ def test_a_sensors_listener_has_the_fleets_broker_unless_it_has_its_own(tmp_path
     assert sensor_listener(shared, rng).listening.client_id == "pumps-pump-7-sensors"
     make_agent(shared)
     assert not (tmp_path / "windows").exists()
+
+
+def test_examples_are_read_beside_the_event_loop_always_in_one_thread() -> None:
+    read, goes_on = InOneThread(), threading.Event()
+
+    async def main() -> None:
+        waiting = asyncio.create_task(read(lambda: (goes_on.wait(5.0), threading.get_ident())))
+        await asyncio.sleep(0)
+        goes_on.set()  # nobody would, were the loop waiting
+        went_on, thread = await waiting
+        assert went_on
+        assert thread != threading.get_ident()
+        assert await read(threading.get_ident) == thread
+
+    asyncio.run(main())
+
+
+def test_an_agent_of_this_machine_reads_its_examples_that_way(tmp_path: Path) -> None:
+    DEVICE_KEY.save(tmp_path / "device.key")
+    agent = make_agent(agent_settings(tmp_path))
+    assert isinstance(agent._bench.read, InOneThread)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from edge_agent.data_sources import Csv, DataError, DataSource
 from edge_agent.dataset import Dataset
 from edge_agent.values import MISSING, NOT_A_NUMBER, NOT_FINITE, NOT_WHOLE, UNKNOWN_CLASS, Scale
+from fedtide.cli.predict import read_inputs
 from fedtide.wire.parameters import TensorSpec
 from fedtide.wire.plan import PlanManifest
 from fedtide.wire.settings import SettingsError, parse
@@ -346,6 +347,25 @@ def test_memory_is_bounded_by_the_newest_windows(table: Path) -> None:
     assert dataset.arrived.tolist() == list(range(191, 201))
 
 
+@pytest.mark.parametrize("stride", [4, 6])
+def test_windows_begin_at_the_same_rows_whatever_memory_has_let_go(table: Path, stride: int) -> None:
+    """Others would share readings with windows that were held out before."""
+    source = Csv(path=table, window=4, stride=stride, max_bytes=1024)  # 1024 / (2 · 4) = 128 rows
+    for rows in (400, 401, 403):
+        table.write_text(counted(rows))
+        begin = source.load(taking(4)).inputs[0][:, 0]
+        assert (begin % stride == 0).all()
+        assert 400 - 128 <= begin[0] < 403 - 128 + stride
+
+
+def test_a_group_that_begins_after_what_memory_has_let_go_begins_its_own_windows(table: Path) -> None:
+    rows = 401  # of which 128 are held, 273 and on
+    lines = "".join(f"{row},0,{'old' if row < 274 else 'new'}\n" for row in range(rows))
+    table.write_text("a,label,who\n" + lines)
+    source = Csv(path=table, window=4, group="who", max_bytes=1024)
+    assert source.load(taking(4)).inputs[0][0, 0] == 274
+
+
 def test_windows_of_appended_rows_are_new(table: Path) -> None:
     source = Csv(path=table, window=2)
     table.write_text(counted(5))
@@ -422,3 +442,13 @@ def test_a_scale_of_a_column_that_is_not_there_is_refused(table: Path) -> None:
         Csv(path=table, scale={"t": Scale()}).load(CLASSES)
     with pytest.raises(DataError, match="no column 'b'; the features and the label are a, label"):
         Csv(path=table, scale={"b": Scale()}, group="b").load(CLASSES)
+
+
+# Predicting from a table.
+
+
+def test_a_prediction_is_of_every_row_however_few_the_agent_holds_in_memory(table: Path) -> None:
+    table.write_text("a,b\n" + "".join(f"{row},0\n" for row in range(1000)))
+    agents = Csv(path=table.with_name("own.csv"), max_bytes=1200)
+    (inputs,) = read_inputs(table, agents, AUTOENCODER)
+    assert inputs[:, 0].tolist() == list(range(1000))

@@ -16,6 +16,7 @@ from edge_agent import agent as agent_module
 from edge_agent.agent import Agent
 from edge_agent.dataset import Dataset
 from edge_agent.new_examples import Shortage, TrainedTo, shortage
+from edge_agent.settings import LocalTraining
 from fedtide.wire.plan import PlanManifest
 
 
@@ -119,8 +120,10 @@ def looks_every_few_milliseconds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agent_module, "LONGEST_LOOK_S", 0.004)
 
 
-def waiting_agent(world: World, examples: Growing, **thresholds: int) -> Agent:
-    settings = agent_settings(world.state)
+def waiting_agent(
+    world: World, examples: Growing, training: LocalTraining | None = None, **thresholds: int
+) -> Agent:
+    settings = agent_settings(world.state, training=training)
     data = msgspec.structs.replace(settings.data, **thresholds)
     bench = replace(workbench(world.broker.dial, world.trainer), examples=examples)
     return Agent(msgspec.structs.replace(settings, data=data), DEVICE_KEY, bench)
@@ -219,6 +222,26 @@ def test_an_agent_without_thresholds_trains_on_every_version_and_writes_no_mark(
     assert not (tmp_path / "trained-to").exists()
 
 
+def test_an_update_that_waits_for_long_is_replaced_without_new_examples(tmp_path: Path) -> None:
+    """Its examples were trained on, but nobody has it yet; without a training it would wait for them."""
+    world, examples = World.new(tmp_path), Growing(10)
+
+    async def main() -> None:
+        await world.coordinator.announce(online=False)
+        await world.coordinator.publish(Release(1))
+        agent = waiting_agent(
+            world, examples, training=LocalTraining(retrain_after_s=0.005), min_new_examples=4
+        )
+        world.start(agent)
+        await until(lambda: agent.tally.trained >= 3)
+        await world.coordinator.announce(online=True)
+        await world.coordinator.answer(await world.coordinator.updates.get())
+        await until(lambda: not world.outbox_files())
+        await world.stop()
+
+    run(main)
+
+
 class Clock:
     """A clock that a test moves."""
 
@@ -246,7 +269,8 @@ def test_a_look_that_falls_due_while_the_agent_decides_is_not_missed(
         await world.stop()
         monkeypatch.setattr(agent_module, "time", clock)
         agent._look_after = agent._rest_until = 0.0
-        assert not agent._is_wanted(Release(2).head)  # and looks again in 2 to 4 ms
+        agent._look_after = clock.now + 3.0
+        assert not agent._is_wanted(Release(2).head)
         clock.now += 5.0
         assert agent._look_again_in_s() == 0.0
 

@@ -31,6 +31,26 @@ def test_a_plan_that_ended_the_agent_three_times_is_left_alone(tmp_path: Path) -
         pass
 
 
+def test_a_plan_whose_evaluation_ended_the_agent_three_times_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "trial"
+    for _ in range(MOST_TRIALS):
+        evaluation = PlanTrial(path).evaluation(PLAN)
+        evaluation.__enter__()
+        _left.append(evaluation)
+    with pytest.raises(PlanRefused, match="ended 3 times"):
+        PlanTrial(path).check(PLAN)
+
+
+def test_an_evaluation_that_ends_well_leaves_the_first_update_a_trial(tmp_path: Path) -> None:
+    path = tmp_path / "trial"
+    with PlanTrial(path).evaluation(PLAN):
+        pass
+    for _ in range(MOST_TRIALS):
+        killed(path)
+    with pytest.raises(PlanRefused, match="ended 3 times"):
+        PlanTrial(path).check(PLAN)
+
+
 def test_another_plan_is_tried(tmp_path: Path) -> None:
     path = tmp_path / "trial"
     for _ in range(MOST_TRIALS):

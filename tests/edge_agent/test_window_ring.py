@@ -236,6 +236,15 @@ def test_windows_of_other_channels_give_way_and_the_count_goes_on(tmp_path: Path
     assert positions(tmp_path, other) == [13, 14]
 
 
+def test_other_windows_after_a_segment_that_was_begun_and_never_filled(tmp_path: Path) -> None:
+    ring_in(tmp_path).append(numbered(1, 6))
+    os.truncate(tmp_path / f"{6:020d}.windows", HEADER_BYTES)  # the power went before its first window
+    other = Layout(b"1-2-3-4-", 2)
+    ring = ring_in(tmp_path, layout=other)
+    ring.append(np.array([[6, 0], [7, 0]], np.float32))
+    assert positions(tmp_path, other) == [6, 7]
+
+
 def test_windows_of_another_layout_are_not_read(tmp_path: Path) -> None:
     ring_in(tmp_path).append(numbered(1, 12))
     assert positions(tmp_path, Layout(b"1-2-3-4-", 3)) == []

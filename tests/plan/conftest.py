@@ -27,8 +27,13 @@ def mlp(mlp_graphs) -> BuiltPlan:
 
 
 @pytest.fixture(scope="session")
-def cnn() -> BuiltPlan:
-    return build(cnn_task())
+def cnn_graphs() -> Graphs:
+    return export_graphs(cnn_task())
+
+
+@pytest.fixture(scope="session")
+def cnn(cnn_graphs) -> BuiltPlan:
+    return assemble(cnn_task(), cnn_graphs)
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,14 @@
 
 import itertools
 
+import numpy as np
+import onnxruntime
 import pytest
 import torch
+from torch import nn
 
 from coordinator.plan.convolution import CONVOLUTION_RULES
+from coordinator.plan.export import to_onnx
 
 aten = torch.ops.aten
 BACKWARD = aten.convolution_backward.default
@@ -77,3 +81,20 @@ def test_the_gradient_of_a_depthwise_kernel_by_hand():
     assert for_x.tolist() == [[[20.0, 250.0, 500.0]]]
     assert for_weight.tolist() == [[[210.0, 320.0]]]
     assert for_bias.tolist() == [110.0]
+
+
+class BiasGradient(nn.Module):
+    def forward(self, gradient):
+        window = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+        rule, weight = CONVOLUTION_RULES[BACKWARD], torch.ones(gradient.shape[1], 1, 1, 1)
+        return rule(gradient, gradient, weight, None, *window, [False, False, True])[2]
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_the_gradient_of_a_bias_does_not_gather_roundings(channels):
+    # 32 * 28 * 28 = 25,088 values for each channel: added one after another, they are wrong by 1e-6 or more.
+    gradient = torch.rand(32, channels, 28, 28, generator=torch.Generator().manual_seed(4))
+    graph = to_onnx(BiasGradient(), (gradient,), ({},), ["gradient"], ["bias"])
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"gradient": gradient.numpy()})
+    np.testing.assert_allclose(found, gradient.double().sum((0, 2, 3)).numpy(), rtol=6e-7)

@@ -7,6 +7,7 @@ from onnx import ModelProto, helper, numpy_helper
 from plan_tasks import autoencoder_task, mlp_task
 from torch import nn
 
+from coordinator.plan.build import build
 from coordinator.plan.rejection import PlanRejected
 from coordinator.plan.verify import verify
 from edge_agent.dataset import Dataset
@@ -75,14 +76,51 @@ def scaled(model, name, factor):
     return wrong
 
 
-def planted(graphs, train_value, factor):
+def scaled_alone(model, name, factor):
+    """The graph with one value multiplied by a factor, but only where the batch has a single example."""
+    wrong = scaled(model, name, factor)
+    count = numpy_helper.from_array(np.array(1), "single")
+    wrong.graph.initializer.extend([count, numpy_helper.from_array(np.float32(1), "unchanged")])
+    product = next(node for node in wrong.graph.node if "factor" in node.input)
+    product.input[:] = ["chosen" if value == "factor" else value for value in product.input]
+    choice = [
+        helper.make_node("Shape", ["x0"], ["rows"], start=0, end=1),
+        helper.make_node("Equal", ["rows", "single"], ["alone"]),
+        helper.make_node("Where", ["alone", "factor", "unchanged"], ["chosen"]),
+    ]
+    for node in reversed(choice):
+        wrong.graph.node.insert(0, node)
+    return wrong
+
+
+def planted(graphs, train_value, factor, change=scaled):
     """The exported graphs with a defect in the train graph, shipped and probed alike."""
     train = dataclasses.replace(
         graphs.train,
-        shipped=scaled(graphs.train.shipped, train_value, factor),
-        probed=scaled(graphs.train.probed, train_value, factor),
+        shipped=change(graphs.train.shipped, train_value, factor),
+        probed=change(graphs.train.probed, train_value, factor),
     )
     return dataclasses.replace(graphs, train=train)
+
+
+def at_a_corner(graphs):
+    """The graphs with a bias that puts every ReLU at its corner, but for roundings, for one example."""
+    x = mlp_task().tensors[0]
+    parameters = dict(graphs.joint.parameters)
+    parameters["0.bias"] = -(parameters["0.weight"] @ x[0])
+    return dataclasses.replace(graphs, joint=dataclasses.replace(graphs.joint, parameters=parameters))
+
+
+def with_weight_decay(graphs, decay):
+    """The graphs, to be compared with an optimizer that also has weight decay."""
+    (group,) = graphs.recipe.groups
+    group = dataclasses.replace(group, settings={**group.settings, "weight_decay": decay})
+    return dataclasses.replace(graphs, recipe=dataclasses.replace(graphs.recipe, groups=(group,)))
+
+
+def slow_task(learning_rate):
+    """The MLP's task at another learning rate."""
+    return dataclasses.replace(mlp_task(), training=Training(learning_rate=learning_rate))
 
 
 def test_scaling_by_one_changes_nothing(mlp_graphs):
@@ -99,6 +137,46 @@ def test_a_gradient_wrong_by_a_ten_thousandth_is_rejected(mlp_graphs, gradient):
 def test_a_step_wrong_by_a_hundred_thousandth_is_rejected(mlp_graphs, parameter):
     with pytest.raises(PlanRejected, match=rf"Step \d+ of the plan's SGD takes {parameter} "):
         verify(mlp_task(), planted(mlp_graphs, f"p.{parameter}'", 1.00001))
+
+
+def test_a_relu_at_its_corner_is_no_error_of_the_plan(mlp_graphs):
+    # Which side the roundings put it on is by chance, so a gradient is there or not: percents, at one step.
+    verified = verify(mlp_task(), at_a_corner(mlp_graphs))
+    assert verified.max_gradient_error > 1e-3
+    assert verified.max_gradient_error <= 3 * verified.torch_float32_max_error
+    assert verified.median_gradient_error < 1e-6
+
+
+@pytest.mark.parametrize("start", [lambda graphs: graphs, at_a_corner], ids=["plain", "corner"])
+@pytest.mark.parametrize("factor", [1.0001, 1.01])
+def test_a_wrong_gradient_of_single_examples_is_rejected_whatever_other_steps_are_like(
+    mlp_graphs, start, factor
+):
+    wrong = planted(start(mlp_graphs), "g.2.weight", factor, scaled_alone)
+    with pytest.raises(PlanRejected, match=r"gradients differ from .*at step (3|7|11|15|19)\)"):
+        verify(mlp_task(), wrong)
+
+
+def test_a_gradient_wrong_at_every_step_is_rejected_beside_a_corner(mlp_graphs):
+    with pytest.raises(PlanRejected, match="gradients differ from float64 torch"):
+        verify(mlp_task(), planted(at_a_corner(mlp_graphs), "g.0.weight", 1.0001))
+
+
+@pytest.mark.parametrize("learning_rate", [1e-6, 1e-4, 0.1])
+def test_a_missing_weight_decay_is_rejected_at_any_learning_rate(mlp_graphs, learning_rate):
+    # At a learning rate of 1e-6 the whole step is smaller than the roundings of the parameters.
+    assert verify(slow_task(learning_rate), with_weight_decay(mlp_graphs, 0.0)).steps == 20
+    with pytest.raises(PlanRejected, match=r"Step 0 of the plan's SGD takes 0.weight "):
+        verify(slow_task(learning_rate), with_weight_decay(mlp_graphs, 5e-4))
+
+
+def test_adam_with_a_beta_close_to_one_passes():
+    # At step 1, 1 - β2 is 1e-5: in float32 0.1 percent away from that, and so is the move, in torch too.
+    task = mlp_task()
+    model = nn.Linear(8, 3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, betas=(0.9, 0.99999))
+    built = build(dataclasses.replace(task, model=model, optimizer=optimizer))
+    assert built.plan.manifest.optimizer == "Adam"
 
 
 def test_a_wrong_loss_is_rejected(mlp_graphs):

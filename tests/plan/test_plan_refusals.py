@@ -2,10 +2,11 @@ import dataclasses
 
 import pytest
 import torch
-from plan_tasks import mlp_task
+from plan_tasks import cnn_task, mlp_task
 from torch import nn
 
-from coordinator.plan.build import build
+import coordinator.plan.build as building
+from coordinator.plan.build import assemble, build
 from coordinator.plan.rejection import PlanRejected
 from coordinator.plan.task import Task, check_task, load_task
 from fedtide.wire.training import Training
@@ -45,6 +46,11 @@ class FixedBatch(nn.Module):
         return self.linear(x.view(32, 8))
 
 
+class FixedByLen(FixedBatch):
+    def forward(self, x):
+        return self.linear(x.view(len(x), 8))
+
+
 class Branching(nn.Module):
     def __init__(self):
         super().__init__()
@@ -75,7 +81,13 @@ def test_a_fixed_batch_size_is_refused():
     assert here(text, "return self.linear(x.view(32, 8))")
     assert ": in FixedBatch.forward: " in text
     assert "The model fixes the batch size at 32" in text
-    assert "x.view(len(x), ...)" in text
+    assert "x.view(x.shape[0], ...)" in text
+
+
+def test_a_batch_size_fixed_by_len_is_refused_with_what_leaves_it_open():
+    text = refusal(with_model(FixedByLen()))
+    assert here(text, "return self.linear(x.view(len(x), 8))")
+    assert "not len(x)" in text
 
 
 def test_a_branch_on_values_is_refused():
@@ -115,6 +127,24 @@ def test_a_model_too_large_for_the_fleet_is_refused_before_anything_slow():
     # 16*8 + 16 + 3*16 + 3 = 195 parameters of 4 bytes.
     with pytest.raises(PlanRejected, match=r"780 bytes of parameters and devices accept 779.*0.weight \(512"):
         build(mlp_task(), max_model_bytes=779)
+
+
+def test_graphs_of_more_nodes_than_devices_accept_are_refused(mlp_graphs, monkeypatch):
+    nodes = len(mlp_graphs.train.shipped.graph.node)
+    monkeypatch.setattr(building, "MAX_NODES", nodes)
+    assert assemble(mlp_task(), mlp_graphs).plan.manifest.name == "mlp"
+    monkeypatch.setattr(building, "MAX_NODES", nodes - 1)
+    with pytest.raises(PlanRejected, match=f"{nodes} nodes, and devices accept {nodes - 1}; make"):
+        assemble(mlp_task(), mlp_graphs)
+
+
+def test_an_example_of_rows_all_alike_is_named_where_normalisation_fails_on_it(cnn_graphs):
+    # Each channel's variance is zero, so batch normalisation divides roundings by its epsilon's root.
+    images, labels = cnn_task().tensors
+    task = dataclasses.replace(cnn_task(), example=(torch.zeros_like(images), labels))
+    with pytest.raises(PlanRejected, match=r"inputs are alike.* torch\.randn") as refused:
+        assemble(task, cnn_graphs)
+    assert "use another one" not in str(refused.value)
 
 
 def test_a_loss_that_ignores_its_class_weights_is_refused():

@@ -142,8 +142,9 @@ def test_a_step_of_many_operators_ends_soon_after_its_deadline():
 
 
 def test_one_operator_that_does_not_end_is_given_up():
-    # One product of 2 * 4000^3 operations; onnxruntime looks for a request to stop only after it.
-    plan = line_plan(**products(2, 4000), limits=Limits(step_deadline_s=0.01))
+    # A product of 2 * 4000^3 operations takes a second or more, and is not interrupted; what comes before it
+    # is over well before the deadline.
+    plan = line_plan(**products(2, 4000), limits=Limits(step_deadline_s=0.15))
     told, gave_up = threading.Event(), []
 
     def give_up(reason):
@@ -153,7 +154,7 @@ def test_one_operator_that_does_not_end_is_given_up():
     with pytest.raises(StepDeadlineExceeded):
         train(Trainer(plan, give_up=give_up))
     assert told.is_set()
-    assert "did not stop 4 deadlines after the one of 0.01 s" in gave_up[0]
+    assert "did not stop 4 deadlines after the one of 0.15 s" in gave_up[0]
 
 
 def test_an_opening_that_takes_too_long_is_stopped(monkeypatch):
@@ -184,7 +185,7 @@ import numpy as np
 from test_plan_limits import BASE, EXAMPLES, TRAINING, Limits, line_plan, products
 from edge_agent.plan_runtime import Trainer
 from fedtide.assembly import end_process
-plan = line_plan(**products(2, 4000), limits=Limits(step_deadline_s=0.01))
+plan = line_plan(**products(2, 4000), limits=Limits(step_deadline_s=0.15))
 give_up = lambda reason: end_process(Path({note!r}), plan.id, reason)
 Trainer(plan, give_up=give_up).run_epochs(BASE, EXAMPLES, TRAINING, np.random.default_rng(1))
 """
@@ -200,7 +201,7 @@ def test_an_agent_ends_itself_when_a_plan_does_not_stop_and_leaves_it_alone_then
     )
     assert ended.returncode == 70, ended.stderr
     assert "one operator of it takes too long for this device; the agent ends itself" in ended.stderr
-    plan = line_plan(**products(2, 4000), limits=Limits(step_deadline_s=0.01))
+    plan = line_plan(**products(2, 4000), limits=Limits(step_deadline_s=0.15))
     with pytest.raises(PlanRefused, match="takes too long for this device; the plan is not tried again"):
         PlanTrial(note).check(plan.id)
     PlanTrial(note).check(line_plan().id)

@@ -61,8 +61,8 @@ class Fetcher:
 
         Raises:
             WireError: the reference or the content is wrong.
-            FetchFailed: nothing came for ten seconds; :class:`Superseded` after three, where a head came since
-                the fetch began.
+            FetchFailed: nothing came for ten seconds; :class:`Superseded` after three, where a head came
+                since the fetch began.
             LinkDown: the connection was lost; chunks that came are kept for the next attempt.
         """
         check_ref(ref, self.max_bytes)

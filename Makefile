@@ -1,6 +1,6 @@
 # Everything a newcomer or a developer needs. Each target sets up what it uses and can be run again.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long bench check format clean broker
+.PHONY: help demo test test-long fuzz bench check format clean broker
 
 PYTHON ?= python3
 VENV   := .venv
@@ -39,6 +39,11 @@ test: $(READY) broker  ## Run the tests. TEST_ARGS="-k outbox"
 
 test-long: $(READY) broker  ## Run all tests, the long ones too: kill loops, fuzzing, convergence.
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_ARGS)
+
+fuzz: $(READY)  ## Fuzz a reader of strangers' bytes: make fuzz TARGET=envelope SECONDS=300
+	@test -n "$(TARGET)" || { echo "Name one: make fuzz TARGET=NAME SECONDS=300. There are:"; $(BIN)/python tests/fuzz/fuzz.py --list; exit 2; }
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(PIP) --only-binary :all: --constraint constraints.txt atheris==3.0.0 >/dev/null 2>&1 || true
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz.py $(TARGET) --seconds $(or $(SECONDS),60)
 
 bench: $(READY) broker  ## Run one benchmark: make bench BENCH=straggler BENCH_ARGS="…"
 	@test -n "$(BENCH)" || { echo "Name one: make bench BENCH=NAME. There are:"; ls benchmarks | sed -n 's/\.py$$//p'; exit 2; }

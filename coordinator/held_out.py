@@ -9,13 +9,13 @@ from typing import Final, Protocol
 
 import numpy as np
 
+from coordinator.closed_loop import Version
 from coordinator.committer import Committer, JournalThread
 from coordinator.federated import FederatedEvaluations
 from coordinator.journal import EvaluationResult, Journal
 from coordinator.model_store import ModelStore, StoredRelease
-from coordinator.publisher import Publisher, Released, Version
+from coordinator.publisher import Publisher, Released
 from coordinator.release_gate import passes, sentence
-from coordinator.replay import Bases
 from coordinator.settings import CoordinatorSettings
 from coordinator.status import EvaluationPoint
 from fedtide.wire.ids import ModelVersion
@@ -55,8 +55,7 @@ class Releases:
     Args:
         settings: the coordinator's; without a gate nothing happens here.
         metric: the plan's name for its metric.
-        models: keeps the released version.
-        bases: looks up published versions.
+        models: the published versions, and the released one.
         journal_thread: where files are written.
         publisher: announces.
         on_release: called when there is something to announce.
@@ -68,14 +67,12 @@ class Releases:
         *,
         metric: str | None,
         models: ModelStore,
-        bases: Bases,
         journal_thread: JournalThread,
         publisher: Publisher,
         on_release: Callable[[], None],
     ) -> None:
         self._gate = settings.release
         self._models = models
-        self._bases = bases
         self._journal_thread = journal_thread
         self._publisher = publisher
         self._on_release = on_release
@@ -121,7 +118,7 @@ class Releases:
         if newest is None or not self._is_newer(newest):
             return
         try:
-            parameters = await self._journal_thread.run(lambda: self._bases(newest))
+            parameters = await self._journal_thread.run(lambda: self._models.parameters(newest))
         except FileNotFoundError:
             return  # a version this old is kept no longer
         await self._release(newest, parameters)
@@ -145,7 +142,7 @@ class Releases:
 
 
 class HeldOutEvaluation:
-    """Evaluates new versions on the coordinator's held-out examples, where there are any.
+    """Evaluates published versions, as devices hold them, on the coordinator's held-out examples.
 
     Attributes:
         points: results of this run, oldest first, the last thousand.
@@ -157,10 +154,12 @@ class HeldOutEvaluation:
         evaluate: Evaluate | None,
         *,
         committer: Committer,
+        publisher: Publisher,
         journal: Journal,
         journal_thread: JournalThread,
         releases: Releases,
     ) -> None:
+        self._publisher = publisher
         self._settings = settings.evaluation
         self._evaluate = evaluate
         self._committer = committer
@@ -174,41 +173,41 @@ class HeldOutEvaluation:
         self.points: list[EvaluationPoint] = []
 
     def wake(self) -> None:
-        """There may be a new version."""
+        """There may be a newly published version."""
         self._new_version.set()
 
     async def run(self) -> None:
-        """Evaluate new versions as they are made, for ever."""
+        """Evaluate versions as they are published, for ever."""
         while True:
             await self._new_version.wait()
             self._new_version.clear()
             await self.evaluate_newest()
 
     async def evaluate_newest(self) -> None:
-        """Evaluate the newest committed version, if it is time."""
+        """Evaluate the version published last, if it is time."""
         async with self._evaluating:
             await self._evaluate_newest()
 
     async def _evaluate_newest(self) -> None:
-        settings, evaluate, state = self._settings, self._evaluate, self._committer.committed
-        if settings is None or evaluate is None or state.version == self._evaluated:
+        settings, evaluate, version = self._settings, self._evaluate, self._publisher.version
+        if settings is None or evaluate is None or version is None or version.number == self._evaluated:
             return
-        if self._evaluated is not None and state.version - self._evaluated < settings.every_versions:
+        if self._evaluated is not None and version.number - self._evaluated < settings.every_versions:
             return
         try:
-            outcome = await asyncio.to_thread(lambda: evaluate(state.parameters))
+            outcome = await asyncio.to_thread(lambda: evaluate(version.parameters))
         except EvaluationFailed as error:  # no reason to stop training: the next version may do better
-            log.error("Version %d could not be evaluated: %s", state.version, error,  # noqa: TRY400
+            log.error("Version %d could not be evaluated: %s", version.number, error,  # noqa: TRY400
                       extra={"event": "evaluation.failed"})  # fmt: skip
-            self._evaluated = state.version
+            self._evaluated = version.number
             return
         loss, metric = _finite(outcome.loss), _finite(outcome.metric)
-        result = EvaluationResult(state.version, loss, metric, time.time())
+        result = EvaluationResult(version.number, loss, metric, time.time())
         await self._journal_thread.run(lambda: self._journal.add_evaluation(result))
-        self._evaluated = state.version
+        self._evaluated = version.number
         self.points.append(
             EvaluationPoint(
-                version=state.version,
+                version=version.number,
                 seconds=time.monotonic() - self._began,
                 updates=self._committer.accounting.applied,
                 loss=loss,
@@ -216,7 +215,7 @@ class HeldOutEvaluation:
             )
         )
         del self.points[:-_KEPT_EVALUATIONS]
-        await self._releases.consider(state.version, state.parameters, loss, metric)
+        await self._releases.consider(version.number, version.parameters, loss, metric)
 
 
 def _finite(value: float | None) -> float | None:

@@ -27,7 +27,7 @@ from coordinator.settings import Rules
 from fedtide.wire.ids import DeviceId, Epoch, ModelVersion
 from fedtide.wire.messages import Reason, Verdict
 
-_FORMAT: Final = 1
+_FORMAT: Final = 2
 # Pages of 32 KiB: an envelope is a blob over few pages, and its checksums and copies cost less.
 _PAGE_BYTES: Final = 32_768
 _WAL_PAGES: Final = 2_000
@@ -45,7 +45,7 @@ CREATE TABLE IF NOT EXISTS marks (
     weight REAL NOT NULL) STRICT, WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS totals (name TEXT PRIMARY KEY, count INTEGER NOT NULL) STRICT, WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS published (
-    version INTEGER PRIMARY KEY, fingerprint BLOB NOT NULL, moment REAL NOT NULL) STRICT;
+    version INTEGER PRIMARY KEY, fingerprint BLOB NOT NULL, moment REAL NOT NULL, exact BLOB) STRICT;
 CREATE TABLE IF NOT EXISTS evaluations (
     version INTEGER PRIMARY KEY, loss REAL, metric REAL, moment REAL NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS snapshots (
@@ -59,11 +59,19 @@ class JournalDamaged(Exception):
 
 @dataclass(frozen=True)
 class Published:
-    """A version that devices were offered."""
+    """A version that devices were offered.
+
+    Attributes:
+        version: its number.
+        fingerprint: of the parameters that devices hold.
+        moment: seconds since 1970.
+        exact: fingerprint of the parameters as aggregated, where those are others.
+    """
 
     version: ModelVersion
     fingerprint: bytes
     moment: float
+    exact: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -215,8 +223,8 @@ class Journal:
     def add_published(self, published: Published, keep: int) -> None:
         """Record that a version is about to be offered, and forget all but the last ``keep``."""
         self._database.execute(
-            "INSERT OR IGNORE INTO published VALUES (?, ?, ?)",
-            (published.version, published.fingerprint, published.moment),
+            "INSERT OR IGNORE INTO published VALUES (?, ?, ?, ?)",
+            (published.version, published.fingerprint, published.moment, published.exact),
         )
         self._database.execute(
             "DELETE FROM published WHERE version NOT IN"
@@ -227,7 +235,7 @@ class Journal:
     def published(self) -> list[Published]:
         """Versions that were offered and are kept, oldest first."""
         rows = self._database.execute("SELECT * FROM published ORDER BY version")
-        return [Published(ModelVersion(row[0]), row[1], row[2]) for row in rows]
+        return [Published(ModelVersion(row[0]), *row[1:]) for row in rows]
 
     def add_evaluation(self, result: EvaluationResult) -> None:
         """Record a held-out result."""

@@ -52,6 +52,8 @@ class StatusCollector(Collector):
                 "Devices that say why they do not train.",
                 sum(device.trouble is not None for device in status.devices),
             ),
+            "keyframe_bytes": ("The published version, whole.", status.keyframe_bytes),
+            "delta_bytes": ("What changed since the version before it.", status.delta_bytes),
             "connected": ("Whether there is a broker.", int(status.connected)),
             "released_version": ("The newest version released for inference.", status.released_version),
             "federated_loss": ("Loss on what the devices hold out.", federated.loss if federated else None),

@@ -1,10 +1,12 @@
 """Models and snapshots on disk, as safetensors: files anyone can open.
 
-models/{version}.safetensors      a published version: the plan's tensors by name
+models/{version}.safetensors      a published version: the plan's tensors by name, as devices hold them
+exact/{version}.safetensors       the same version as aggregated, where that is needed as a base and differs
 released.safetensors              the newest version that passed the release gate, which the metadata name
 snapshots/{sequence}.safetensors  the whole state after a journal entry
 """
 
+import contextlib
 import hashlib
 import logging
 from collections.abc import Iterator
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
@@ -20,6 +23,7 @@ from safetensors.numpy import save as save_tensors
 
 from coordinator.aggregation import Buffer
 from coordinator.journal import Journal, SnapshotRow
+from coordinator.model_grid import Place
 from coordinator.model_state import ModelState
 from coordinator.server_optimizers import OptimizerState
 from coordinator.settings import Rules
@@ -31,6 +35,7 @@ log = logging.getLogger(__name__)
 
 _KEPT_SNAPSHOTS: Final = 2
 _OPTIMIZER: Final = "optimizer."
+_PLACE: Final = "place"
 _RECENT_BYTES: Final = 64 << 20  # of published versions stay in memory, but at least two versions
 
 
@@ -47,7 +52,7 @@ class ModelStore:
     """The published versions, and the released one.
 
     Args:
-        directory: of the published versions; made if it is not there. The released one is beside it.
+        directory: of the published versions; made if it is not there. Others are beside it.
         schema: of the model.
         keep: how many versions stay.
     """
@@ -58,17 +63,66 @@ class ModelStore:
         self._schema = schema
         self._keep = keep
         self._recent: dict[ModelVersion, Vector] = {}
+        self._recent_exact: dict[ModelVersion, Vector] = {}
 
-    def save(self, version: ModelVersion, parameters: Vector) -> None:
-        """Write a version durably."""
-        write_durably(self._file(version), save_tensors(self._schema.split(parameters)))
-        self._remember(version, parameters)
+    def save(
+        self,
+        version: ModelVersion,
+        parameters: Vector,
+        *,
+        place: Place | None = None,
+        exact: Vector | None = None,
+    ) -> None:
+        """Write a version durably.
+
+        Args:
+            version: its number.
+            parameters: as devices hold them.
+            place: among the published versions.
+            exact: as aggregated, where updates may need these as their base and they differ.
+        """
+        if exact is not None:
+            self._exact.mkdir(exist_ok=True)
+            write_durably(self._exact_file(version), save_tensors(self._schema.split(exact)))
+            _remember(self._recent_exact, version, exact)
+        metadata = None if place is None else {_PLACE: msgspec.json.encode(place).decode()}
+        write_durably(self._file(version), save_tensors(self._schema.split(parameters), metadata))
+        _remember(self._recent, version, parameters)
 
     def remove_old(self) -> None:
         """Remove the files of all versions but the last ``keep``."""
-        files = sorted(self._directory.glob("*.safetensors"))
-        for file in files[: -self._keep]:
-            file.unlink()
+        for directory in (self._directory, self._exact):
+            for file in sorted(directory.glob("*.safetensors"))[: -self._keep]:
+                file.unlink()
+
+    def places(self) -> dict[ModelVersion, Place]:
+        """Where the kept versions stand among the published ones, as far as their files say."""
+        found = {}
+        for path in sorted(self._directory.glob("*.safetensors")):
+            with contextlib.suppress(SafetensorError, msgspec.DecodeError, KeyError, ValueError):
+                with safe_open(path, framework="numpy") as file:
+                    place = (file.metadata() or {})[_PLACE]
+                found[ModelVersion(int(path.stem))] = msgspec.json.decode(place, type=Place)
+        return found
+
+    def base(self, version: ModelVersion) -> Vector:
+        """The parameters of a kept version as aggregated, if they were kept; else as devices hold them.
+
+        Raises:
+            FileNotFoundError: it is not kept.
+        """
+        parameters = self._recent_exact.get(version)
+        if parameters is not None:
+            return parameters
+        if not self.has_exact(version):
+            return self.parameters(version)
+        parameters = self._schema.flatten(load_tensors(self._exact_file(version).read_bytes()))
+        _remember(self._recent_exact, version, parameters)
+        return parameters
+
+    def has_exact(self, version: ModelVersion) -> bool:
+        """Whether a version is kept as aggregated."""
+        return self._exact_file(version).exists()
 
     def parameters(self, version: ModelVersion) -> Vector:
         """The parameters of a kept version.
@@ -79,7 +133,7 @@ class ModelStore:
         parameters = self._recent.get(version)
         if parameters is None:
             parameters = self._schema.flatten(load_tensors(self._file(version).read_bytes()))
-            self._remember(version, parameters)  # which may let go of it at once: it may be the oldest
+            _remember(self._recent, version, parameters)  # which may let go of it at once, as the oldest
         return parameters
 
     def save_release(self, release: StoredRelease) -> None:
@@ -113,14 +167,22 @@ class ModelStore:
     def _release_file(self) -> Path:
         return self._directory.parent / "released.safetensors"
 
-    def _remember(self, version: ModelVersion, parameters: Vector) -> None:
-        self._recent[version] = parameters
-        while len(self._recent) > _recent_versions(parameters):
-            # A version may be read in one thread while another is saved in the journal's.
-            self._recent.pop(min(self._recent), None)
+    @property
+    def _exact(self) -> Path:
+        return self._directory.parent / "exact"
+
+    def _exact_file(self, version: ModelVersion) -> Path:
+        return self._exact / f"{version:012d}.safetensors"
 
     def _file(self, version: ModelVersion) -> Path:
         return self._directory / f"{version:012d}.safetensors"
+
+
+def _remember(recent: dict[ModelVersion, Vector], version: ModelVersion, parameters: Vector) -> None:
+    recent[version] = parameters
+    while len(recent) > _recent_versions(parameters):
+        # A version may be read in one thread while another is saved in the journal's.
+        recent.pop(min(list(recent)), None)
 
 
 def _digest(release: StoredRelease) -> str:

@@ -1,43 +1,26 @@
 """The publisher: makes a version available, and only then points at it.
 
 Order: the model file and its fingerprint are durable, every chunk is acknowledged by the broker, then the
-signed head. Chunks are content-addressed and retained; those of old models are cleared, but for the released
-one, which stays as long as it is the release.
+signed head. What is on the broker, and when it is cleared, is the shelf's part.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Final
 
-from msgspec.structs import replace
-
+from coordinator.closed_loop import Version
+from coordinator.model_blobs import BlobMaker, VersionBlobs
+from coordinator.model_deltas import Catalogue, Published
 from coordinator.settings import CoordinatorSettings
-from fedtide.wire.chunks import blob_ref, chunk_bytes, split
+from coordinator.shelf import Shelf
+from fedtide.wire.chunks import blob_ref, chunk_bytes
 from fedtide.wire.frame import PROTOCOL_VERSION
-from fedtide.wire.ids import BlobId, Epoch, ModelVersion, PlanId, blob_id
+from fedtide.wire.ids import Epoch, PlanId
 from fedtide.wire.link import Connection
-from fedtide.wire.messages import BlobRef, CodecRequest, CoordinatorState, Head, Release
-from fedtide.wire.parameters import Vector, fingerprint, to_bytes
+from fedtide.wire.messages import BlobRef, CoordinatorState, Head, ModelDelta, Release
 from fedtide.wire.seal import seal
 from fedtide.wire.signatures import COORDINATOR_DOMAIN, HEAD_DOMAIN, SigningKey
-from fedtide.wire.topics import BLOB_CHUNK, COORDINATOR, HEAD
-
-_KEPT_MODELS: Final = 3  # a device may still be fetching the last one when the next head appears
-
-
-@dataclass(frozen=True)
-class Version:
-    """A model version as devices will hold it."""
-
-    number: ModelVersion
-    parameters: Vector
-    fingerprint: bytes
-
-    @classmethod
-    def of(cls, number: ModelVersion, parameters: Vector) -> "Version":
-        """With the fingerprint computed."""
-        return cls(number, parameters, fingerprint(parameters))
+from fedtide.wire.topics import COORDINATOR, HEAD
 
 
 @dataclass(frozen=True)
@@ -58,6 +41,17 @@ class Identity:
     key: SigningKey
 
 
+@dataclass(frozen=True)
+class _Offer:
+    """What a head names, and the contents of it."""
+
+    plan: BlobRef
+    model: Published
+    keyframe: BlobRef
+    release: Release | None
+    contents: dict[BlobRef, bytes]
+
+
 class Publisher:
     """Publishes the head and its blobs on whatever connection there is.
 
@@ -66,15 +60,19 @@ class Publisher:
         identity: who publishes.
         remember: makes a version's file and fingerprint durable; awaited before the version is offered.
         clock: seconds since 1970.
-        earlier: fingerprints of the versions that earlier runs published, oldest first; their chunks may
-            still be retained and are cleared in their turn.
+        maker: encodes versions.
+        shelf: has the blobs on the broker.
+        parent: fingerprint of the version that an earlier run published last.
         released: the version that passed the release gate last, in an earlier run.
+        on_version: called when a version is durable, before it is sent.
 
     Attributes:
         version: the last one offered.
         released: the one for inference, where there is a gate. Without a gate it is the one offered.
         training: whether devices shall train.
         issued: when the last head was made, seconds since 1970.
+        keyframe_bytes: of the last version offered.
+        delta_bytes: of the delta to it from the version before; None where there is none.
     """
 
     def __init__(
@@ -84,23 +82,32 @@ class Publisher:
         remember: Callable[[Version], Awaitable[None]],
         clock: Callable[[], float],
         *,
-        earlier: Sequence[bytes] = (),
+        maker: BlobMaker,
+        shelf: Shelf,
+        parent: bytes = bytes(32),
         released: Released | None = None,
+        on_version: Callable[[], None] = lambda: None,
     ) -> None:
         self._settings = settings
         self._identity = identity
         self._remember = remember
         self._clock = clock
-        self._parent = earlier[-1] if earlier else bytes(32)
-        self._earlier = list(earlier[-_KEPT_MODELS:])
-        self._models: list[BlobRef] = []
-        self._offered: set[BlobId] = set()
+        self._maker = maker
+        self._shelf = shelf
+        self._catalogue = Catalogue()
+        self._parent = parent
+        self._on_version = on_version
         self._offering = asyncio.Lock()  # one at a time, or an older head could be the last to arrive
+        self._anew = True
+        self._blobs: VersionBlobs | None = None
+        self._release_keyframe: tuple[Released, bytes] | None = None
         self.version: Version | None = None
         self.training = True
         self.released = released
         self._announced: Released | None = None
         self.issued = 0.0
+        self.keyframe_bytes: int | None = None
+        self.delta_bytes: int | None = None
 
     @property
     def release_is_news(self) -> bool:
@@ -131,7 +138,7 @@ class Publisher:
         """
         async with self._offering:
             if everything:
-                self._offered.clear()
+                self._forget()
             if self.version is not None:
                 await self._offer(connection, self.version)
 
@@ -148,53 +155,70 @@ class Publisher:
             if self.version is not None and version.number > self.version.number:
                 self._parent = self.version.fingerprint
             self.version = version
+            self._on_version()
             await self._offer(connection, version)
 
+    def _forget(self) -> None:
+        """Deltas of earlier versions are left out from here on; they could not be sent again."""
+        self._shelf.forget()
+        self._catalogue.clear()
+        self._anew, self._blobs = True, None
+
     async def _offer(self, connection: Connection, version: Version) -> None:
-        size_bytes = chunk_bytes(connection.max_packet_bytes, self._settings.chunk_bytes)
-        content = to_bytes(version.parameters)
-        plan = blob_ref(self._identity.plan_blob, size_bytes)
-        model = blob_ref(content, size_bytes)
-        # The blob of a model is its parameters' bytes, so its id follows from the fingerprint.
-        self._models += [replace(model, id=blob_id(old), sha256=old) for old in self._earlier]
-        self._earlier.clear()
-        await self._put(connection, plan, self._identity.plan_blob)
-        await self._put(connection, model, content)
         released = self.released
-        release = await self._put_release(connection, released, model)
-        head = self._head(version, plan, model, release or self._ungated(version, model))
+        offer = await self._assembled(version, released, connection.max_packet_bytes)
+        await self._shelf.put(connection, offer.contents)
+        head = self._head(version, offer)
         sealed = seal(head, self._identity.key, HEAD_DOMAIN)
         await connection.publish(HEAD.name(self._settings.fleet), sealed, retain=True)
         self.issued, self._announced = head.issued, released
-        await self._clear_old(connection, model, release)
+        self._catalogue.add(offer.model)
+        self._anew = False
+        self.keyframe_bytes = offer.keyframe.size_bytes
+        self.delta_bytes = next((delta.blob.size_bytes for delta in head.deltas), None)
+        named = [*offer.contents, *self._catalogue.blobs()]
+        await self._shelf.keep_only(connection, version.number, named)
 
-    async def _put_release(
-        self, connection: Connection, released: Released | None, model: BlobRef
-    ) -> Release | None:
-        """Publish the blob of the version that passed the gate, unless it is there."""
-        if released is None:
-            return None
-        version = released.version
-        # As large as any model, and its id follows from the fingerprint: no need to hash it again.
-        blob = replace(model, id=blob_id(version.fingerprint), sha256=version.fingerprint)
-        if blob.id not in self._offered:
-            await self._put(connection, blob, to_bytes(version.parameters))
-        return Release(
-            version=version.number,
-            parameters_sha256=version.fingerprint,
-            blob=blob,
-            gate=released.gate,
-        )
+    async def _assembled(
+        self, version: Version, released: Released | None, max_packet_bytes: int | None
+    ) -> _Offer:
+        size_bytes = chunk_bytes(max_packet_bytes, self._settings.chunk_bytes)
+        contents: dict[BlobRef, bytes] = {}
 
-    def _ungated(self, version: Version, model: BlobRef) -> Release | None:
-        """Without a gate, what is offered is for inference too."""
-        if self._settings.release is not None:
-            return None
-        return Release(version=version.number, parameters_sha256=version.fingerprint, blob=model)
+        def named(content: bytes) -> BlobRef:
+            ref = blob_ref(content, size_bytes)
+            contents[ref] = content
+            return ref
 
-    def _head(self, version: Version, plan: BlobRef, model: BlobRef, release: Release | None) -> Head:
+        blobs = await self._encoded(version)
+        plan, keyframe = named(self._identity.plan_blob), named(blobs.keyframe)
+        deltas = tuple(ModelDelta(start, version.number, named(delta)) for start, delta in blobs.deltas)
+        model = Published(version.place.sequence, version.number, deltas)
+        index = self._catalogue.index(model, size_bytes)
+        if index is not None:
+            model = Published(model.sequence, model.version, deltas, named(index))
+        release: Release | None = None
+        if released is not None:
+            blob = named(await self._released_keyframe(released))
+            release = _release(released.version, blob, released.gate)
+        elif self._settings.release is None:  # without a gate, what is offered is for inference too
+            release = _release(version, keyframe, "")
+        return _Offer(plan, model, keyframe, release, contents)
+
+    async def _encoded(self, version: Version) -> VersionBlobs:
+        if self._blobs is None or self._blobs.version is not version:
+            anew = self._anew
+            self._blobs = await asyncio.to_thread(lambda: self._maker.blobs(version, anew=anew))
+        return self._blobs
+
+    async def _released_keyframe(self, released: Released) -> bytes:
+        if self._release_keyframe is None or self._release_keyframe[0] is not released:
+            keyframe = await asyncio.to_thread(lambda: self._maker.keyframe(released.version))
+            self._release_keyframe = (released, keyframe)
+        return self._release_keyframe[1]
+
+    def _head(self, version: Version, offer: _Offer) -> Head:
         now = self._clock()
-        update = self._settings.update
         return Head(
             fleet=self._settings.fleet,
             epoch=self._identity.epoch,
@@ -202,40 +226,17 @@ class Publisher:
             parent_sha256=self._parent,
             plan=self._identity.plan,
             parameters_sha256=version.fingerprint,
-            plan_blob=plan,
-            full_blob=model,
-            update_codec=CodecRequest(id=update.codec, parameters=update.codec_parameters),
+            plan_blob=offer.plan,
+            full_blob=offer.keyframe,
+            deltas=offer.model.deltas[:1],
+            delta_index=offer.model.index,
+            update_codec=self._settings.update.request_at(version.number),
             training=self.training,
-            release=release,
+            release=offer.release,
             issued=now,
             expires=now + self._settings.publish.head_lifetime_s,
         )
 
-    async def _put(self, connection: Connection, ref: BlobRef, content: bytes) -> None:
-        if ref.id in self._offered:
-            return
-        pieces = enumerate(split(content, ref.chunk_bytes))
-        await asyncio.gather(
-            *(
-                connection.publish(self._chunk_topic(ref, index), piece, retain=True)
-                for index, piece in pieces
-            )
-        )
-        self._offered.add(ref.id)
 
-    async def _clear_old(self, connection: Connection, newest: BlobRef, release: Release | None) -> None:
-        self._models = [ref for ref in self._models if ref.id != newest.id] + [newest]
-        kept = {ref.id for ref in self._models[-_KEPT_MODELS:]}
-        if release is not None:
-            kept.add(release.blob.id)
-            if release.blob.id not in {ref.id for ref in self._models}:
-                self._models.insert(0, release.blob)
-        for old in [ref for ref in self._models if ref.id not in kept]:
-            self._offered.discard(old.id)
-            for index in range(old.chunks):
-                # An empty retained message takes the retained one away (MQTT 5 section 3.3.1.3).
-                await connection.publish(self._chunk_topic(old, index), b"", retain=True)
-            self._models.remove(old)  # not before: where the connection was lost, the next offer clears it
-
-    def _chunk_topic(self, ref: BlobRef, index: int) -> str:
-        return BLOB_CHUNK.name(self._settings.fleet, blob=ref.id, index=index)
+def _release(version: Version, blob: BlobRef, gate: str) -> Release:
+    return Release(version=version.number, parameters_sha256=version.fingerprint, blob=blob, gate=gate)

@@ -12,11 +12,12 @@ from pathlib import Path
 
 from coordinator.entries import RulesEntry
 from coordinator.journal import Batch, Journal, JournalDamaged
+from coordinator.model_deltas import REACH
 from coordinator.model_state import ModelState, change_rules, initial_state
 from coordinator.model_store import ModelStore, SnapshotStore
 from coordinator.plan.file import BuiltPlan
 from coordinator.replay import Bases, replay
-from coordinator.settings import CoordinatorSettings, Rules
+from coordinator.settings import CoordinatorSettings, Publish, Rules
 from fedtide.wire.ids import ModelVersion
 
 
@@ -35,6 +36,7 @@ class Recovered:
         state: after the journal's last entry.
         sequence: number of that entry.
         replayed: how many entries were replayed to get there.
+        shelf_file: says which blobs are on the broker.
         lock: keeps a second coordinator out while it is open.
     """
 
@@ -44,6 +46,7 @@ class Recovered:
     state: ModelState
     sequence: int
     replayed: int
+    shelf_file: Path
     lock: int
 
     def close(self) -> None:
@@ -67,7 +70,7 @@ def recover(directory: Path, settings: CoordinatorSettings, plan: BuiltPlan) -> 
         journal = Journal(directory / "journal.sqlite")
         undo.callback(journal.close)
         _check_plan(journal, plan)
-        models = ModelStore(directory / "models", plan.plan.manifest.schema, settings.publish.keep_versions)
+        models = ModelStore(directory / "models", plan.plan.manifest.schema, kept_models(settings.publish))
         snapshots = SnapshotStore(directory / "snapshots", journal)
         rules = Rules(aggregator=settings.aggregator, server_optimizer=settings.server_optimizer)
         try:
@@ -79,7 +82,7 @@ def recover(directory: Path, settings: CoordinatorSettings, plan: BuiltPlan) -> 
             state = change_rules(state, rules)
             last = journal.last_sequence()
         undo.pop_all()
-    return Recovered(journal, models, snapshots, state, last, last - sequence, lock)
+    return Recovered(journal, models, snapshots, state, last, last - sequence, directory / "shelf", lock)
 
 
 def _replayed(
@@ -94,9 +97,14 @@ def _replayed(
     return 0, *replay(journal, initial_state(plan.initial, rules), 0, schema=schema, bases=bases)
 
 
+def kept_models(settings: Publish) -> int:
+    """How many published versions stay on disk: those that updates or deltas may start from."""
+    return max(settings.keep_versions, REACH + 1) if settings.with_deltas else settings.keep_versions
+
+
 def base_parameters(models: ModelStore, plan: BuiltPlan) -> Bases:
-    """Looks up published versions; version 0 is the plan's own."""
-    return lambda version: plan.initial if version == ModelVersion(0) else models.parameters(version)
+    """Looks up published versions as aggregated; version 0 is the plan's own."""
+    return lambda version: plan.initial if version == ModelVersion(0) else models.base(version)
 
 
 def _check_plan(journal: Journal, plan: BuiltPlan) -> None:

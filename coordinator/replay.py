@@ -66,7 +66,7 @@ def replay(
         JournalDamaged: an entry cannot be applied.
         FileNotFoundError: a base from before ``state`` is not kept; an earlier state would give it.
     """
-    published = {row.version: row.fingerprint for row in journal.published()}
+    published = {row.version: row.exact or row.fingerprint for row in journal.published()}
     needed = state.rules.aggregator.needs_base
     made = _MadeBases(bases, journal.last_uses(sequence, needed=needed))
     made.note(sequence, state)
@@ -99,7 +99,7 @@ def apply_entry(state: ModelState, entry: Entry, schema: Schema, bases: Bases) -
 
 
 def check_published(state: ModelState, published: Mapping[ModelVersion, bytes]) -> None:
-    """Compare a replayed version with what devices were offered under its number.
+    """Compare a replayed version with what was aggregated under its number before devices were offered it.
 
     Raises:
         ReplayMismatch: they differ.

@@ -2,8 +2,8 @@
 
 reception  MQTT → intake → arrivals
 committer  arrivals → judge and fold → journal (group commit) → acknowledge, receipts
-publish    new versions and releases, paced → model file, chunks, head
-evaluate   new versions → held-out metric → release gate
+publish    new versions and releases, paced → closed loop → model file, chunks, head
+evaluate   published versions → held-out metric → release gate
 tick       federated release gate, time limits, missing chunks, status, stop conditions
 """
 
@@ -17,17 +17,20 @@ from typing import Final
 import numpy as np
 
 from coordinator import status as status_file
+from coordinator.closed_loop import Version
 from coordinator.committer import Committer, JournalThread
 from coordinator.held_out import Evaluate, HeldOutEvaluation, Releases
 from coordinator.intake import Intake
-from coordinator.journal import Published
+from coordinator.model_blobs import BlobMaker
 from coordinator.model_store import ModelStore
 from coordinator.plan.file import BuiltPlan
-from coordinator.publisher import Identity, Publisher, Released, Version
+from coordinator.published_versions import PublishedVersions
+from coordinator.publisher import Identity, Publisher, Released
 from coordinator.reception import Reception
 from coordinator.recovery import Recovered, base_parameters
 from coordinator.roster import Roster
 from coordinator.settings import CoordinatorSettings
+from coordinator.shelf import Shelf
 from coordinator.status import Status, Updates, peak_rss_bytes
 from coordinator.writer import Writer
 from fedtide.wire.link import Dial, LinkDown, PublishRefused
@@ -87,7 +90,10 @@ class CoordinatorService:
             marks=recovered.journal.marks(),
             bases=bases,
         )
-        self._writer.published = {row.version: row.fingerprint for row in recovered.journal.published()}
+        self._versions = PublishedVersions(
+            settings, self._plan.manifest.schema, recovered.models, recovered.journal
+        )
+        self._writer.published = self._versions.fingerprints()
         self.committer = Committer(
             settings,
             self._writer,
@@ -102,14 +108,16 @@ class CoordinatorService:
             identity,
             self._remember,
             time.time,
-            earlier=[*self._writer.published.values()],
+            maker=BlobMaker(settings.publish, self._plan.manifest.schema, self._versions.earlier),
+            shelf=Shelf(settings.fleet, recovered.shelf_file),
+            parent=self._versions.newest.fingerprint if self._versions.newest else bytes(32),
             released=_released_before(recovered.models) if settings.release else None,
+            on_version=self._wake_evaluation,
         )
         self._releases = Releases(
             settings,
             metric=self._plan.manifest.metric,
             models=recovered.models,
-            bases=bases,
             journal_thread=self._journal_thread,
             publisher=self._publisher,
             on_release=self._new_version.set,
@@ -118,6 +126,7 @@ class CoordinatorService:
             settings,
             evaluate,
             committer=self.committer,
+            publisher=self._publisher,
             journal=recovered.journal,
             journal_thread=self._journal_thread,
             releases=self._releases,
@@ -170,6 +179,8 @@ class CoordinatorService:
 
     def _on_version(self) -> None:
         self._new_version.set()
+
+    def _wake_evaluation(self) -> None:
         self._held_out.wake()
 
     async def _publish(self) -> None:
@@ -193,7 +204,10 @@ class CoordinatorService:
         self._published_at = time.monotonic()
         try:
             if due:
-                await self._publisher.publish(connection, Version.of(state.version, state.parameters))
+                version = await self._journal_thread.run(
+                    lambda: self._versions.make(state.version, state.parameters)
+                )
+                await self._publisher.publish(connection, version)
             else:
                 await self._publisher.renew(connection, everything=False)
         except (LinkDown, PublishRefused) as error:
@@ -201,19 +215,10 @@ class CoordinatorService:
 
     async def _remember(self, version: Version) -> None:
         """Make a version's file and fingerprint durable before any device sees it."""
-        row = Published(version.number, version.fingerprint, time.time())
-        keep = self._settings.publish.keep_versions
-
-        def work() -> None:
-            # In this order a kill in between never leaves a version on record whose file is not there.
-            self._recovered.models.save(version.number, version.parameters)
-            self._recovered.journal.add_published(row, keep)
-            self._recovered.models.remove_old()
-
-        published = self._writer.published
+        keep, published = self._settings.publish.keep_versions, self._writer.published
         for old in sorted({*published, version.number})[:-keep]:
             published.pop(old, None)  # before its file goes, which an update based on it would need
-        await self._journal_thread.run(work)
+        await self._journal_thread.run(lambda: self._versions.save(version))
         published[version.number] = version.fingerprint
 
     async def _tick(self) -> None:
@@ -256,8 +261,8 @@ class CoordinatorService:
         self._publisher.training = False
         self.committer.finish()
         await committing
-        await self._held_out.evaluate_newest()
         await self._publish_newest(every_versions=1)
+        await self._held_out.evaluate_newest()
         connection = self._reception.connection
         if connection is not None:
             with contextlib.suppress(LinkDown, PublishRefused):
@@ -322,6 +327,8 @@ class CoordinatorService:
             if published
             else None,
             federated_history=view.evaluations.by_version(),
+            keyframe_bytes=self._publisher.keyframe_bytes,
+            delta_bytes=self._publisher.delta_bytes,
             troubles=dict(view.trouble_counts),
         )
 

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta
@@ -10,14 +10,20 @@ from msgspec import Meta
 from coordinator.aggregation import Aggregator, FedBuff
 from coordinator.server_optimizers import SGD, ServerOptimizer
 from coordinator.staleness import Polynomial, StalenessPolicy
-from fedtide.wire import ids
+from fedtide.wire import codecs, ids
 from fedtide.wire.chunks import MAX_CHUNK_BYTES
-from fedtide.wire.errors import MalformedId
-from fedtide.wire.ids import FleetId
+from fedtide.wire.codecs.rate import COARSEST_STEP, FINEST_STEP, rate_of
+from fedtide.wire.errors import MalformedId, UnknownCodec
+from fedtide.wire.ids import FleetId, ModelVersion
 from fedtide.wire.link import Broker
+from fedtide.wire.messages import CodecRequest
+from fedtide.wire.model_blob import ModelFormat
 
 Positive = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1)]
+
+DEFAULT_CODEC: Final = "q8"
+"""What updates are encoded with where the settings do not say."""
 
 
 class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -31,17 +37,33 @@ class Publish(Table, frozen=True, kw_only=True):
         min_interval_s: at least this long between two published versions.
         every_versions: and at least this many versions.
         head_lifetime_s: after this a device reports a stale head; the head is issued anew at half of it.
-        keep_versions: how many published versions an update may start from, and how many models stay on disk.
+        keep_versions: how many published versions an update may start from, and how many models stay on disk;
+            with deltas at least 129.
+        format: ``grid``: devices hold the model rounded to a grid, in a quarter of the bytes and, where they
+            are not far behind, a hundredth; what is rounded off is made up for by the next version.
+            ``float32``: they hold it to the bit, in 4 bytes per parameter.
+        step: of the rounding from one published version to the next, in units of the rms of what changed: 4
+            is fine, 8 the usual, 16 coarse. Only with ``grid``.
+        deltas: whether there are deltas, from any of the last 128 published versions. Without, every
+            device takes every version whole. Only with ``grid``.
     """
 
     min_interval_s: Annotated[float, Meta(ge=0)] = 1.0
     every_versions: Count = 1
     head_lifetime_s: Positive = 7 * 86_400.0
     keep_versions: Annotated[int, Meta(ge=2)] = 100
+    format: ModelFormat = ModelFormat.GRID
+    step: Annotated[float, Meta(ge=FINEST_STEP, le=COARSEST_STEP)] = 8.0
+    deltas: bool = True
+
+    @property
+    def with_deltas(self) -> bool:
+        """Whether devices that hold a recent version are offered what changed since."""
+        return self.deltas and self.format == ModelFormat.GRID
 
 
 class Evaluation(Table, frozen=True, kw_only=True):
-    """Held-out evaluation on the coordinator's side.
+    """Held-out evaluation of published versions on the coordinator's side.
 
     Attributes:
         data: an ``.npz`` file with the plan's inputs (``x`` or ``x0`` …) and targets (``y``).
@@ -117,12 +139,27 @@ class Journal(Table, frozen=True, kw_only=True):
     max_batch: Count = 256
 
 
+class Later(Table, frozen=True, kw_only=True):
+    """Other codec parameters from some version on.
+
+    Attributes:
+        from_version: the first model version with them.
+        codec_parameters: all of them; none is taken over from before.
+    """
+
+    from_version: Count
+    codec_parameters: dict[str, float]
+
+
 class Update(Table, frozen=True, kw_only=True):
     """What is asked of updates, and what is accepted.
 
     Attributes:
         codec: what devices shall encode with.
-        codec_parameters: the codec's own parameters.
+        codec_parameters: the codec's rate: ``step``, ``bits_per_parameter`` or ``bytes_per_update``; see
+            ``fedtide.wire.codecs.rate.Rate``. Codecs that are not adjustable have none.
+        later: changes of the rate during a run, by rising version. Coarse early and fine late takes the
+            fewest bytes to a given accuracy: while the model is far from it, what is left out hardly matters.
         weight_by_examples: multiply the aggregation weight by num_examples.
         max_examples: num_examples beyond this counts as this, so that no device can claim the whole average.
         retry_after_s: seconds every receipt asks a device to wait before its next update.
@@ -130,13 +167,40 @@ class Update(Table, frozen=True, kw_only=True):
         missing_after_s: a partial update that is silent for so long is asked for its missing chunks.
     """
 
-    codec: str = "q8"
+    codec: str = DEFAULT_CODEC
     codec_parameters: dict[str, float] = {}
+    later: tuple[Later, ...] = ()
     weight_by_examples: bool = False
     max_examples: Count = 1_000_000
     retry_after_s: Annotated[float, Meta(ge=0)] = 0.0
     max_partial_bytes: Count = 256 << 20
     missing_after_s: Positive = 5.0
+
+    def __post_init__(self) -> None:
+        try:
+            adjustable = codecs.get(self.codec).adjustable
+        except UnknownCodec as error:
+            raise ValueError(str(error)) from error
+        rate_of(self.codec, self.codec_parameters, adjustable=adjustable)
+        before = 0
+        for later in self.later:
+            if later.from_version <= before:
+                raise ValueError(
+                    f"later: from_version = {later.from_version} comes after {before}; it must rise"
+                )
+            before = later.from_version
+            try:
+                rate_of(self.codec, later.codec_parameters, adjustable=adjustable)
+            except ValueError as error:
+                raise ValueError(f"later, from_version = {before}: {error}") from error
+
+    def request_at(self, version: ModelVersion) -> CodecRequest:
+        """What the head of this version asks updates to be encoded with."""
+        parameters = self.codec_parameters
+        for later in self.later:
+            if later.from_version <= version:
+                parameters = later.codec_parameters
+        return CodecRequest(id=self.codec, parameters=parameters)
 
 
 class Metrics(Table, frozen=True, kw_only=True):

@@ -129,6 +129,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         federated: what the devices find on the examples they hold out, now.
         federated_history: the same for each version by itself, oldest first.
         troubles: how many reports of trouble came, by their word, in this run.
+        keyframe_bytes: of the last published version, whole.
+        delta_bytes: of what changed since the version before it; None where there is no delta.
         cpu_seconds: of this process.
         rss_bytes: peak resident memory of this process.
     """
@@ -160,6 +162,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     federated: FederatedMetric | None = None
     federated_history: tuple[FederatedMetric, ...] = ()
     troubles: dict[str, int] = {}
+    keyframe_bytes: int | None = None
+    delta_bytes: int | None = None
 
 
 def peak_rss_bytes() -> int:

@@ -22,12 +22,12 @@ from edge_agent.evaluation import Evaluate, InAThread
 from edge_agent.fetch import Fetcher, FetchFailed, Superseded
 from edge_agent.hold_out import HoldOut, Split
 from edge_agent.kept_state import KeptFile, with_own_statistics
-from edge_agent.local_update import Author, TrainingDiverged, sealed_update
+from edge_agent.local_update import TrainingDiverged, requested
 from edge_agent.mailbox import Mailbox, SealedHead
 from edge_agent.model_slots import InstalledModel, ModelSlots, WrongModel
 from edge_agent.models import Models
 from edge_agent.new_examples import FIRST_LOOK_S, LONGEST_LOOK_S, Shortage, TrainedTo, shortage
-from edge_agent.outbox import Outbox, Pending
+from edge_agent.outbox import Pending
 from edge_agent.plan_guard import PlanRefused
 from edge_agent.plan_runtime import LocalResult, MemoryLimitExceeded, StepDeadlineExceeded, Trainer
 from edge_agent.plan_session import StepFailed
@@ -35,6 +35,7 @@ from edge_agent.plan_trial import PlanTrial
 from edge_agent.reports import Reports, trouble
 from edge_agent.sender import Sender, Tally
 from edge_agent.settings import KEPT_FILE, MODELS_DIRECTORY, TRIAL_FILE, AgentSettings
+from edge_agent.submission import Submission
 from fedtide.wire.errors import UnknownCodec, WireError
 from fedtide.wire.link import Dial, LinkDown, PublishRefused
 from fedtide.wire.messages import EvaluationEvent, Head, TrainingEvent
@@ -103,8 +104,8 @@ class Agent:
         coordinator = PublicKey.parse(settings.coordinator_key)
         self._settings = settings
         self._bench = bench
-        self._author = Author(settings.device, key)
-        self._outbox = Outbox(settings.state / "outbox", time.time, sync=bench.sync)
+        self._submission = Submission(settings, key, sync=bench.sync)
+        self._outbox = self._submission.outbox
         slots = ModelSlots(settings.state / MODELS_DIRECTORY, coordinator, sync=bench.sync)
         fetcher = Fetcher(settings.fleet, settings.max_model_bytes)
         self._mailbox = Mailbox(
@@ -128,7 +129,7 @@ class Agent:
         self._rest_until = 0.0
         self._asked_at = 0.0
         self.tally = Tally()
-        self._sender = Sender(settings, self._outbox, self._mailbox, bench.rng, self.tally)
+        self._sender = Sender(settings, self._submission, self._mailbox, bench.rng, self.tally)
 
     async def run(self) -> None:
         """Work until cancelled; then say goodbye. What is unfinished goes on after the next start."""
@@ -297,6 +298,7 @@ class Agent:
         )
 
     async def _train_on(self, model: InstalledModel) -> None:
+        requested(model.head)  # what cannot be met is found out before anything is trained
         manifest = model.plan.manifest
         dataset = await self._examples(manifest)
         self._short = self._shortage(dataset, manifest) is not None
@@ -318,13 +320,11 @@ class Agent:
                     model.parameters, examples, training, self._bench.rng, version=version, kept=kept
                 )
             )
-        counter = self._outbox.reserve()
         try:
-            envelope = sealed_update(model, result, self._author, counter, time.time())
+            self._submission.submit(model, result)
         except TrainingDiverged:
             self._kept.keep(model.plan, replace(kept, optimizer=()))  # it may be the cause
             raise
-        self._outbox.put(counter, envelope)
         self._kept.keep(model.plan, result.kept)
         self._trained_version = model.head.version
         if self._settings.data.min_new_examples:

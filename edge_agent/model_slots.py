@@ -97,15 +97,15 @@ class ModelSlots:
         self._active_head: Head | None = None
         self._released_plan: PlanId | None = None
         self._opened: _OpenedPlan | None = None
+        self._candidate: _OpenedPlan | None = None
 
     def newest(self) -> InstalledModel | None:
         """The newest whole model on disk, or None."""
-        found = [(slot, model) for slot in _SLOTS if (model := self._load(slot)) is not None]
+        found = [(slot, *loaded) for slot in _SLOTS if (loaded := self._load(slot)) is not None]
         if not found:
             return None
-        self._active, model = max(found, key=lambda pair: pair[1].head.order)
+        self._active, model, self._opened = max(found, key=lambda each: each[1].head.order)
         self._active_head = model.head
-        self._opened = _OpenedPlan(self._plan_file(model.head.plan).read_bytes(), model.plan)
         return model
 
     def released(self) -> ReleasedModel | None:
@@ -126,9 +126,9 @@ class ModelSlots:
     def content(self, parameters_sha256: bytes) -> bytes | None:
         """The bytes of the parameters with this fingerprint, if they are in one of the slots."""
         found: list[tuple[bytes, Vector]] = [
-            (model.head.parameters_sha256, model.parameters)
+            (loaded[0].head.parameters_sha256, loaded[0].parameters)
             for slot in _SLOTS
-            if (model := self._load(slot)) is not None
+            if (loaded := self._load(slot)) is not None
         ]
         released = self.released()
         if released is not None:
@@ -141,6 +141,17 @@ class ModelSlots:
             return self._opened.blob
         file = self._plan_file(plan)
         return file.read_bytes() if file.exists() else None
+
+    def plan(self, blob: bytes, wanted: PlanId) -> Plan:
+        """The plan in a blob, verified; what is fetched next is bounded by its schema.
+
+        Raises:
+            WrongModel: it is another plan.
+            WireError: it is malformed or not signed.
+        """
+        self._candidate = self._open(blob)
+        _check_plan(self._candidate.plan, wanted)
+        return self._candidate.plan
 
     def install(self, sealed_head: bytes, head: Head, plan_blob: bytes, content: bytes) -> InstalledModel:
         """Verify a fetched model and write it to the slot that is not in use.
@@ -203,9 +214,10 @@ class ModelSlots:
         self._opened = opened
 
     def _open(self, blob: bytes) -> _OpenedPlan:
-        """Open a plan's blob, unless it is the one in use."""
-        if self._opened is not None and self._opened.blob == blob:
-            return self._opened
+        """Open a plan's blob, unless it is the one in use or was opened last."""
+        for opened in (self._opened, self._candidate):
+            if opened is not None and opened.blob == blob:
+                return opened
         return _OpenedPlan(blob, open_plan(blob, self._key))
 
     def _forget_other_plans(self, newest: PlanId) -> None:
@@ -216,12 +228,12 @@ class ModelSlots:
             if file not in kept:
                 file.unlink()
 
-    def _load(self, slot: str) -> InstalledModel | None:
+    def _load(self, slot: str) -> tuple[InstalledModel, _OpenedPlan] | None:
         try:
             sealed, content = _unpack(self._slot_file(slot).read_bytes())
             head = unseal(sealed, Head, self._key, HEAD_DOMAIN)
             opened = self._open(self._plan_file(head.plan).read_bytes())
-            return _checked(head, opened.plan, content)
+            return _checked(head, opened.plan, content), opened
         except FileNotFoundError:
             return None
         except (WireError, WrongModel) as error:
@@ -257,11 +269,15 @@ def _checked_release(head: Head, plan: Plan, content: bytes) -> ReleasedModel:
     return ReleasedModel(head, release, plan, parameters)
 
 
+def _check_plan(plan: Plan, wanted: PlanId) -> None:
+    if plan.id != wanted:
+        raise WrongModel(f"the plan is {plan.id}; the head names {wanted}")
+
+
 def _checked_parameters(
     wanted: PlanId, plan: Plan, content: bytes, version: ModelVersion, parameters_sha256: bytes
 ) -> Vector:
-    if plan.id != wanted:
-        raise WrongModel(f"the plan is {plan.id}; the head names {wanted}")
+    _check_plan(plan, wanted)
     if len(content) != plan.manifest.schema.size * 4:
         raise WrongModel(f"{len(content):,} bytes of parameters; the plan has {plan.manifest.schema.size:,}")
     parameters = from_bytes(content)

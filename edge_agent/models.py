@@ -9,11 +9,12 @@ from typing import Final
 from edge_agent.fetch import Fetcher, FetchFailed, Superseded
 from edge_agent.mailbox import Mailbox, SealedHead
 from edge_agent.model_slots import InstalledModel, ModelSlots, WrongModel
+from edge_agent.model_source import HeldModel, ModelSource
 from edge_agent.settings import Inference
 from fedtide.wire.errors import WireError
 from fedtide.wire.link import LinkDown
 from fedtide.wire.messages import Head, Release
-from fedtide.wire.parameters import to_bytes
+from fedtide.wire.parameters import Schema, to_bytes
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class Models:
         self._slots = slots
         self._mailbox = mailbox
         self._fetcher = fetcher
+        self._source = ModelSource(mailbox.connected, fetcher)
         self._clock = clock
         self._idle_fetch_after = 0.0
         self._release_after = 0.0
@@ -90,10 +92,17 @@ class Models:
         if idle:
             self._note_idle_fetch()
         plan_blob = await self._plan_blob(head)
-        content = await self._fetcher.fetch(await self._mailbox.connected(), head.full_blob)
-        self.newest = self._slots.install(newest.sealed, head, plan_blob, content)
+        schema = self._slots.plan(plan_blob, head.plan).manifest.schema
+        parameters = await self._source.parameters(head, schema, self._held(head))
+        self.newest = self._slots.install(newest.sealed, head, plan_blob, to_bytes(parameters))
         self._mailbox.never_below(head)
         return self.newest
+
+    def _held(self, head: Head) -> HeldModel | None:
+        """What deltas of this head's plan may start from."""
+        if self.newest is None or self.newest.head.plan != head.plan:
+            return None
+        return HeldModel(self.newest.head.version, self.newest.parameters)
 
     def wants_release(self, head: Head) -> bool:
         """Whether this head names a newer release than the one held, and it may be had now.
@@ -118,8 +127,9 @@ class Models:
         if release is None:
             return
         try:
-            content = await self._release_content(newest, release)
             plan_blob = await self._plan_blob(newest.head)
+            schema = self._slots.plan(plan_blob, newest.head.plan).manifest.schema
+            content = await self._release_content(newest, release, schema)
             self._slots.install_release(newest.sealed, newest.head, plan_blob, content)
         except Superseded:
             raise
@@ -148,7 +158,7 @@ class Models:
             self.newest is not None and self.newest.head.parameters_sha256 == release.parameters_sha256
         ) or (held is not None and held.parameters_sha256 == release.parameters_sha256)
 
-    async def _release_content(self, newest: SealedHead, release: Release) -> bytes:
+    async def _release_content(self, newest: SealedHead, release: Release, schema: Schema) -> bytes:
         if self.newest is not None and self.newest.head.parameters_sha256 == release.parameters_sha256:
             return to_bytes(self.newest.parameters)
         content = self._slots.content(release.parameters_sha256)
@@ -157,7 +167,7 @@ class Models:
         if release.parameters_sha256 == newest.head.parameters_sha256 and not self.holds(newest.head):
             return to_bytes((await self.install(newest, idle=True)).parameters)
         self._note_idle_fetch()
-        return await self._fetcher.fetch(await self._mailbox.connected(), release.blob)
+        return to_bytes(await self._source.keyframe(release.blob, release.version, schema))
 
     async def _plan_blob(self, head: Head) -> bytes:
         blob = self._slots.plan_blob(head.plan)

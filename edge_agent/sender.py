@@ -8,8 +8,9 @@ from typing import Final
 import numpy as np
 
 from edge_agent.mailbox import Mailbox
-from edge_agent.outbox import Outbox, Pending
+from edge_agent.outbox import Pending
 from edge_agent.settings import AgentSettings
+from edge_agent.submission import Submission
 from fedtide.wire import topics
 from fedtide.wire.chunks import chunk_bytes, update_chunks
 from fedtide.wire.link import Connection, LinkDown
@@ -36,7 +37,7 @@ class Sender:
 
     Args:
         settings: from ``agent.toml``.
-        outbox: where updates wait.
+        submission: has the outbox, and is told what came of an update.
         mailbox: has the connection, and the coordinator's answers.
         rng: draws the waits.
         tally: counts what became of them.
@@ -45,13 +46,14 @@ class Sender:
     def __init__(
         self,
         settings: AgentSettings,
-        outbox: Outbox,
+        submission: Submission,
         mailbox: Mailbox,
         rng: np.random.Generator,
         tally: Tally,
     ) -> None:
         self._settings = settings
-        self._outbox = outbox
+        self._submission = submission
+        self._outbox = submission.outbox
         self._mailbox = mailbox
         self._rng = rng
         self._tally = tally
@@ -84,7 +86,7 @@ class Sender:
             if receipt.reason is Reason.UNKNOWN_DEVICE:
                 await asyncio.sleep(receipt.retry_after_s)  # until the operator has enrolled this device
                 continue
-            self._outbox.remove(pending.counter)
+            self._submission.settle(pending.counter, receipt.verdict)
             self._count(receipt)
             return receipt.retry_after_s
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from broker_config.access import mosquitto_acl
 from broker_config.certificates import create_authority, issue
 from broker_config.mosquitto import ProductionSettings, development, production
-from coordinator.settings import CoordinatorSettings
+from coordinator.settings import DEFAULT_CODEC, CoordinatorSettings
 from fedtide.wire import ids
+from fedtide.wire.codecs import CODECS
 from fedtide.wire.ids import FleetId
 from fedtide.wire.settings import load
 from fedtide.wire.signatures import PublicKey, SigningKey
@@ -145,6 +146,9 @@ def _settings(name: FleetId, new: NewFleet) -> str:
         goal=new.goal,
         held_out=held_out,
         no_evaluation="" if new.held_out else "# ",
+        codec=f'"{DEFAULT_CODEC}"',
+        codecs=", ".join(CODECS),
+        adjustable=" and ".join(name for name, codec in CODECS.items() if codec.adjustable),
         no_password="" if new.tls_hosts else "# ",
     )
 
@@ -181,10 +185,17 @@ learning_rate = 1.0
 min_interval_s = 1.0
 # every_versions = 1
 # keep_versions = 100            # an update may start from any of so many published versions
+# format = "grid"                # or "float32": the model to the bit, in many more bytes
+# step = 8.0                     # of the grid's rounding; 4 is fine, 16 coarse
+# deltas = true                  # from any of the last 128 published versions
 
 [update]
-codec = "q8"                     # float32, float16, q8
+codec = {codec:<24} # {codecs}
+# codec_parameters = {{ step = 8.0 }}  # of {adjustable}; or bits_per_parameter, or bytes_per_update
 # weight_by_examples = false
+# [[update.later]]               # coarse early, fine late
+# from_version = 200
+# codec_parameters = {{ step = 4.0 }}
 
 {no_evaluation}[evaluation]                     # held-out examples on the coordinator's side
 {no_evaluation}data = {held_out}

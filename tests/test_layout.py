@@ -16,16 +16,23 @@ PACKAGES: Final = ("fedtide", "coordinator", "edge_agent", "broker_config")
 
 PURE: Final = (
     *(f"fedtide/wire/{name}.py" for name in (
-        "ids", "frame", "messages", "envelope", "chunks", "topics", "parameters", "plan", "seal", "errors",
-        "codecs/__init__", "codecs/base", "codecs/float16", "codecs/float32", "codecs/q8",
+        "ids", "frame", "messages", "model_blob", "envelope", "chunks", "topics", "parameters", "plan",
+        "seal", "errors", "codecs/__init__", "codecs/base", "codecs/float16", "codecs/float32", "codecs/q8",
+        "codecs/rate", "codecs/budget", "codecs/entropy/bits", "codecs/entropy/rans", "codecs/entropy/tokens",
+        "codecs/entropy/table_choice", "codecs/entropy/coefficients", "codecs/matrix_contexts", "codecs/ecsq",
+        "codecs/grid",
+        "codecs/lowrank/codec", "codecs/lowrank/contexts", "codecs/lowrank/encoder", "codecs/lowrank/factors",
+        "codecs/lowrank/layout", "codecs/lowrank/products", "codecs/lowrank/quantiser",
+        "codecs/lowrank/stream",
     )),
     *(f"coordinator/{name}.py" for name in (
         "admission", "staleness", "aggregation", "server_optimizers", "model_state", "marks", "accounting",
-        "entries", "intake", "writer", "fleet_view", "federated", "release_gate",
+        "entries", "intake", "writer", "fleet_view", "federated", "release_gate", "closed_loop", "model_grid",
+        "model_deltas", "model_blobs",
     )),
     *(f"edge_agent/{name}.py" for name in (
-        "local_update", "dataset", "hold_out", "plan_guard", "values", "windows", "readings",
-        "data_sources/fitting",
+        "local_update", "error_feedback", "dataset", "hold_out", "plan_guard", "values", "windows",
+        "readings", "data_sources/fitting", "model_path",
     )),
 )  # fmt: skip
 """Modules without I/O, clock, randomness or waiting: everything comes in as an argument."""

@@ -42,8 +42,29 @@ class MaskScheme(Message, frozen=True, kw_only=True):
     sealed_seed: bytes
 
 
-class UpdateHeader(Message, frozen=True, kw_only=True):
-    """What an update is about.
+_SHORT: Final = {
+    "fleet": "f",
+    "plan": "p",
+    "device": "d",
+    "counter": "n",
+    "base_version": "bv",
+    "base_sha256": "bs",
+    "codec": "c",
+    "codec_parameters": "cp",
+    "num_examples": "ex",
+    "local_steps": "st",
+    "metrics": "m",
+    "payload_bytes": "pb",
+    "payload_sha256": "ps",
+    "mask": "mk",
+    "inner": "in",
+    "created": "t",
+}
+"""Names on the wire: written out, they would take as many bytes as a small payload."""
+
+
+class UpdateHeader(Message, frozen=True, kw_only=True, omit_defaults=True, rename=_SHORT):
+    """What an update is about. On the wire fields have short names, and those at their default are left out.
 
     Attributes:
         fleet: which fleet.

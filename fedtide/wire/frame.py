@@ -4,6 +4,7 @@ Messages are frozen structs. Unknown fields pass, so that an old coordinator sur
 unknown version is refused with a reason. Correctness never depends on MQTT 5 properties, only on these bytes.
 """
 
+import re
 from typing import Any, Final, TypeVar, get_args
 
 import msgpack
@@ -14,6 +15,8 @@ from fedtide.wire.errors import FrameTooLarge, MalformedFrame, UnsupportedVersio
 PROTOCOL_VERSION: Final = 1
 MAX_MESSAGE_BYTES: Final = 64 * 1024
 """Control messages are a few hundred bytes; a signed head with many deltas is a few KB."""
+
+_FIELD: Final = re.compile(r"(`\$\.|field `)(\w+)")  # as msgspec's error texts name one
 
 M = TypeVar("M", bound="Message")
 P = TypeVar("P", bound=tuple[bytes, ...])
@@ -30,16 +33,21 @@ def pack(message: Message) -> bytes:
 
 
 def unpack(packed: bytes | memoryview, kind: type[M]) -> M:
-    """Decode what :func:`pack` made.
+    """Decode what :func:`pack` made, straight into the fields: what no field takes is never built.
+
+    A byte of msgpack can be an object of 64 bytes, and strangers send such bytes by the hundred thousand.
 
     Raises:
         MalformedFrame: not msgpack, trailing bytes, or not the fields of ``kind``; the text names the field.
     """
-    return from_builtins(unpack_builtins(packed), kind)
+    try:
+        return msgspec.msgpack.decode(packed, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise MalformedFrame(f"not a {kind.__name__}: {_in_full(str(error), kind)}") from error
 
 
 def unpack_builtins(packed: bytes | memoryview) -> Any:
-    """Decode msgpack into plain Python values, every length bounded by the input's own.
+    """Decode msgpack into plain Python values: for files of our own, since they take far more than the bytes.
 
     Raises:
         MalformedFrame: not msgpack, an extension type, or trailing bytes.
@@ -50,17 +58,10 @@ def unpack_builtins(packed: bytes | memoryview) -> Any:
         raise MalformedFrame(f"not a msgpack frame: {error}") from error
 
 
-def from_builtins(value: Any, kind: type[M]) -> M:
-    """Check plain values against the fields of ``kind``.
-
-    Raises:
-        MalformedFrame: a missing field or a wrong type; the text names it.
-    """
-    try:
-        # Bytes are bytes: without this, msgspec also takes base64 text for them.
-        return msgspec.convert(value, kind, strict=True, builtin_types=(bytes,))
-    except (msgspec.ValidationError, RecursionError) as error:
-        raise MalformedFrame(f"not a {kind.__name__}: {error}") from error
+def _in_full(text: str, kind: type[Message]) -> str:
+    """An error text with the field's own name where it has a short one on the wire."""
+    names = dict(zip(kind.__struct_encode_fields__, kind.__struct_fields__, strict=True))
+    return _FIELD.sub(lambda found: found[1] + names.get(found[2], found[2]), text)
 
 
 def unpack_any(packed: bytes | memoryview, kinds: Any) -> Message:
@@ -69,10 +70,9 @@ def unpack_any(packed: bytes | memoryview, kinds: Any) -> Message:
     Raises:
         MalformedFrame: as :func:`unpack`; for an unknown tag the text names the known kinds.
     """
-    value = unpack_builtins(packed)
     try:
-        message: Message = msgspec.convert(value, kinds, strict=True, builtin_types=(bytes,))
-    except (msgspec.ValidationError, RecursionError) as error:
+        message: Message = msgspec.msgpack.decode(packed, type=kinds)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         names = ", ".join(kind.__name__ for kind in get_args(kinds))
         raise MalformedFrame(f"none of {names}: {error}") from error
     return message

@@ -10,34 +10,64 @@ ev/{device}  TrainingEvent, EvaluationEvent, Trouble        -
 """
 
 from enum import StrEnum
+from typing import Final
 
 from fedtide.wire.frame import Message
-from fedtide.wire.ids import BlobId, Counter, DeviceId, Epoch, FleetId, ModelVersion, PlanId
+from fedtide.wire.ids import BlobId, Counter, DeviceId, Epoch, FleetId, ModelVersion, PlanId, blob_id
 
 
-class BlobRef(Message, frozen=True, kw_only=True):
-    """Where a content-addressed blob is: ``chunks`` retained messages below its id.
+class BlobRef(Message, frozen=True, array_like=True):
+    """Where a content-addressed blob is: ``chunks`` retained messages below its id. Travels as an array.
 
     Attributes:
-        id: the blob's topic level.
         size_bytes: of the whole content.
-        sha256: of the whole content, checked before it is used.
+        sha256: of the whole content, checked before it is used; its first digits are the id. Sometimes only
+            its first 16 bytes.
         chunk_bytes: of every chunk but the last.
-        chunks: how many.
     """
 
-    id: BlobId
     size_bytes: int
     sha256: bytes
     chunk_bytes: int
-    chunks: int
+
+    @property
+    def id(self) -> BlobId:
+        """The blob's topic level."""
+        return blob_id(self.sha256)
+
+    @property
+    def chunks(self) -> int:
+        """How many; empty content is one empty chunk."""
+        return max(1, -(-self.size_bytes // self.chunk_bytes))
 
 
-class ModelDelta(Message, frozen=True, kw_only=True):
-    """A blob that takes a device from ``from_version`` to the head's version."""
+class ModelDelta(Message, frozen=True, array_like=True):
+    """A blob (``model_blob.ModelBlob``) that leads from one published version to another. An array."""
 
     from_version: ModelVersion
+    to_version: ModelVersion
     blob: BlobRef
+
+
+_SHORT_IN_HEADS: Final = {
+    "fleet": "f",
+    "epoch": "e",
+    "version": "v",
+    "parent_sha256": "ps",
+    "plan": "p",
+    "parameters_sha256": "ms",
+    "plan_blob": "pb",
+    "full_blob": "mb",
+    "deltas": "d",
+    "delta_index": "di",
+    "update_codec": "u",
+    "training": "t",
+    "release": "r",
+    "issued": "i",
+    "expires": "x",
+    "blob": "b",
+    "gate": "g",
+}
 
 
 class CodecRequest(Message, frozen=True, kw_only=True):
@@ -47,7 +77,7 @@ class CodecRequest(Message, frozen=True, kw_only=True):
     parameters: dict[str, float] = {}
 
 
-class Release(Message, frozen=True, kw_only=True):
+class Release(Message, frozen=True, kw_only=True, omit_defaults=True, rename=_SHORT_IN_HEADS):
     """The model version for inference: the newest that passed the gate, or just the newest without a gate.
 
     Attributes:
@@ -63,8 +93,11 @@ class Release(Message, frozen=True, kw_only=True):
     gate: str = ""
 
 
-class Head(Message, frozen=True, kw_only=True):
+class Head(Message, frozen=True, kw_only=True, omit_defaults=True, rename=_SHORT_IN_HEADS):
     """The signed manifest of the published model version: everything a device needs to fetch and verify it.
+
+    Every device gets every head; so on the wire fields have short names, and those at their default are left
+    out.
 
     Attributes:
         fleet: which fleet.
@@ -74,8 +107,10 @@ class Head(Message, frozen=True, kw_only=True):
         plan: id of the training plan.
         parameters_sha256: fingerprint of the parameters (``parameters.fingerprint``).
         plan_blob: the signed plan.
-        full_blob: all parameters, float32 little-endian.
-        deltas: from recent versions; empty where the full blob is as small.
+        full_blob: all parameters, as a keyframe (``model_blob.ModelBlob``).
+        deltas: to this version, from the one published before it: for devices that are in step.
+        delta_index: the deltas from other recent versions (``model_blob.DeltaIndex``), for devices that
+            missed some; None where there are none.
         update_codec: what updates shall be encoded with.
         training: whether devices shall train; False when the run has stopped.
         release: the version for inference, or None while none has passed the gate.
@@ -92,6 +127,7 @@ class Head(Message, frozen=True, kw_only=True):
     plan_blob: BlobRef
     full_blob: BlobRef
     deltas: tuple[ModelDelta, ...] = ()
+    delta_index: BlobRef | None = None
     update_codec: CodecRequest
     training: bool
     release: Release | None = None
@@ -124,8 +160,18 @@ class CoordinatorState(Message, frozen=True, kw_only=True):
     shards: int = 1
 
 
-class UpdateChunk(Message, frozen=True, kw_only=True):
-    """Chunk ``index`` of ``count`` of one signed update envelope.
+_SHORT: Final = {
+    "counter": "n",
+    "digest": "h",
+    "size_bytes": "b",
+    "index": "i",
+    "count": "of",
+    "content": "c",
+}
+
+
+class UpdateChunk(Message, frozen=True, kw_only=True, omit_defaults=True, rename=_SHORT):
+    """Chunk ``index`` of ``count`` of one signed update envelope. Short names on the wire, as in its header.
 
     Attributes:
         counter: the update's, so that chunks of two updates are never mixed.
@@ -139,8 +185,8 @@ class UpdateChunk(Message, frozen=True, kw_only=True):
     counter: Counter
     digest: bytes
     size_bytes: int
-    index: int
-    count: int
+    index: int = 0
+    count: int = 1
     content: bytes
 
 

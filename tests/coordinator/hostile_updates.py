@@ -116,7 +116,9 @@ def _flipped(content, place=0):
 def _header_with(forger, **fields):
     """A signed header with fields that ``UpdateHeader`` itself would not hold."""
     payload = forger.payload()
-    signed = msgpack.packb({**msgspec.to_builtins(forger.header(payload), builtin_types=(bytes,)), **fields})
+    short = dict(zip(UpdateHeader.__struct_fields__, UpdateHeader.__struct_encode_fields__, strict=True))
+    changes = {short.get(name, name): value for name, value in fields.items()}
+    signed = msgpack.packb({**msgspec.to_builtins(forger.header(payload), builtin_types=(bytes,)), **changes})
     signature = forger.key.sign(b"fedtide/1/update\0", signed)
     return forger.chunks(b"\x01" + msgpack.packb([signed, signature, payload]))
 

@@ -7,11 +7,11 @@ import msgspec
 import numpy as np
 
 from coordinator.accounting import Accounting
+from coordinator.closed_loop import Version
 from coordinator.intake import Intake
 from coordinator.journal import Published
 from coordinator.model_state import initial_state
 from coordinator.plan.file import BuiltPlan
-from coordinator.publisher import Version
 from coordinator.recovery import base_parameters, recover
 from coordinator.replay import replay
 from coordinator.settings import CoordinatorSettings, Rules

@@ -39,7 +39,7 @@ KEY = device_key("coordinator")
 ONE, TWO = DEVICES[:2]
 HEAD, COORDINATOR = "fl/1/pumps/model/head", "fl/1/pumps/coord"
 FAST = {"broker": Broker(reconnect_min_s=0.001, reconnect_max_s=0.01)}
-AT_ONCE = Publish(min_interval_s=0.0)
+AT_ONCE = Publish(min_interval_s=0.0, format="float32")  # to the bit: tests count by the parameters
 
 
 def down(device):

@@ -154,6 +154,12 @@ def test_only_the_last_published_versions_are_kept(journal):
     assert journal.published() == [Published(v, bytes([v]) * 32, float(v)) for v in (2, 3, 4)]
 
 
+def test_a_published_version_keeps_the_fingerprint_of_its_own_parameters(journal):
+    row = Published(1, b"rounded", 1.0, b"exact")
+    journal.add_published(row, keep=3)
+    assert journal.published() == [row]
+
+
 def test_a_version_published_again_keeps_its_first_fingerprint(journal):
     journal.add_published(Published(1, b"first", 1.0), keep=3)
     journal.add_published(Published(1, b"first", 2.0), keep=3)
@@ -175,9 +181,9 @@ def test_a_journal_of_another_format_is_refused(tmp_path):
     path = tmp_path / "journal.sqlite"
     Journal(path).close()
     with sqlite3.connect(path) as database:
-        database.execute("UPDATE meta SET value = 2 WHERE name = 'format'")
+        database.execute("UPDATE meta SET value = 3 WHERE name = 'format'")
     database.close()
-    with pytest.raises(JournalDamaged, match="has format 2; this build reads format 1"):
+    with pytest.raises(JournalDamaged, match="has format 3; this build reads format 2"):
         Journal(path)
 
 

@@ -105,6 +105,8 @@ def released(status):
         federated=federated(7, 0.625, oldest=4),
         federated_history=(federated(4, 0.25), federated(7, 0.75)),
         troubles={"data.unusable": 3, "other": 1},
+        keyframe_bytes=9_500,
+        delta_bytes=320,
         devices=(
             msgspec.structs.replace(
                 one, evaluation=DeviceEvaluation(version=7, examples=100, loss=0.5, metric=0.8125)
@@ -119,8 +121,9 @@ def released(status):
 def test_release_federated_metric_and_trouble_are_metrics(released):
     metrics = scrape(released)
     names = ("released_version", "federated_loss", "federated_metric", "federated_devices",
-             "federated_examples", "devices_in_trouble")  # fmt: skip
-    assert [metrics[f"fedtide_{name}"] for name in names] == ["5.0", "0.75", "0.625", "2.0", "1300.0", "1.0"]
+             "federated_examples", "devices_in_trouble", "keyframe_bytes", "delta_bytes")  # fmt: skip
+    expected = ["5.0", "0.75", "0.625", "2.0", "1300.0", "1.0", "9500.0", "320.0"]
+    assert [metrics[f"fedtide_{name}"] for name in names] == expected
     assert metrics['fedtide_trouble_reports_total{event="data.unusable"}'] == "3.0"
 
 

@@ -6,30 +6,46 @@ import msgspec
 import numpy as np
 import pytest
 from recording_connection import RecordingConnection, retained
-from small_fleet import FLEET, PLAN, constant, device_key, make_settings
+from small_fleet import FLEET, PLAN, SCHEMA, constant, device_key, make_settings
 
-from coordinator.publisher import Identity, Publisher, Version
+from coordinator.closed_loop import Version
+from coordinator.model_blobs import BlobMaker
+from coordinator.publisher import Identity, Publisher
 from coordinator.settings import Publish, Update
+from coordinator.shelf import Shelf
 from fedtide.wire.chunks import join_blob
 from fedtide.wire.link import LinkDown
 from fedtide.wire.messages import CoordinatorState, Head
-from fedtide.wire.parameters import fingerprint, to_bytes
+from fedtide.wire.model_blob import keyframe_parameters
+from fedtide.wire.parameters import Schema, TensorSpec, fingerprint
 from fedtide.wire.seal import unseal
 from fedtide.wire.signatures import COORDINATOR_DOMAIN, HEAD_DOMAIN
 
 KEY = device_key("coordinator")
 HEAD = "fl/1/pumps/model/head"
-LARGE = np.arange(800, dtype=np.float32)  # 3200 bytes: four chunks of 1024
+LARGE = np.arange(800, dtype=np.float32)  # 3200 bytes and less than 64 of the blob: four chunks of 1024
+LARGE_SCHEMA = Schema(tensors=(TensorSpec(name="p.all", dtype="float32", shape=(800,)),))
+FLOAT32 = Publish(format="float32")
 
 
-def make_publisher(remember=None, earlier=(), released=None, **changes):
-    async def nothing(_version):
-        pass
+def make_publisher(remember=None, shelf=None, released=None, schema=SCHEMA, **changes):
+    kept = {}
 
-    settings = make_settings(chunk_bytes=1024, **changes)
-    identity = Identity(5, PLAN.plan.id, b"the plan", KEY)
+    async def remembered(version):
+        kept[version.place.sequence] = version
+
+    def earlier(sequence):
+        return (kept[sequence].number, kept[sequence].parameters) if sequence in kept else None
+
+    settings = make_settings(chunk_bytes=1024, **{"publish": FLOAT32, **changes})
     return Publisher(
-        settings, identity, remember or nothing, lambda: 1000.0, earlier=earlier, released=released
+        settings,
+        Identity(5, PLAN.plan.id, b"the plan", KEY),
+        remember or remembered,
+        lambda: 1000.0,
+        maker=BlobMaker(settings.publish, schema, earlier),
+        shelf=shelf or Shelf(FLEET),
+        released=released,
     )
 
 
@@ -46,6 +62,11 @@ def blob(connection, ref):
     return join_blob(ref, {index: held[f"{topic}/{index}"] for index in range(ref.chunks)})
 
 
+def whole(connection, ref, number):
+    """What a device takes from a keyframe of version ``number``, as large as ``LARGE``."""
+    return keyframe_parameters(blob(connection, ref), number, LARGE_SCHEMA).tolist()
+
+
 def test_the_head_comes_after_every_chunk_it_points_at():
     async def scenario():
         connection = RecordingConnection()
@@ -57,12 +78,13 @@ def test_the_head_comes_after_every_chunk_it_points_at():
     assert connection.topics()[-1] == HEAD
     assert all(publication.retain for publication in connection.published)
     assert len(connection.published) == 1 + 4 + 1  # the plan, the model, the head
-    assert blob(connection, head.full_blob) == to_bytes(LARGE)
+    assert whole(connection, head.full_blob, head.version) == LARGE.tolist()
     assert blob(connection, head.plan_blob) == b"the plan"
 
 
 def test_the_head_says_what_a_device_must_know():
-    publisher = make_publisher(publish=Publish(head_lifetime_s=50.0), update=Update(codec="float16"))
+    publish = Publish(head_lifetime_s=50.0, format="float32")
+    publisher = make_publisher(publish=publish, update=Update(codec="float16"))
 
     async def scenario():
         connection = RecordingConnection()
@@ -124,13 +146,13 @@ def test_three_models_stay_and_older_ones_are_cleared():
     assert blobs == kept
 
 
-def test_models_of_the_run_before_are_cleared_in_their_turn():
+def test_models_of_the_run_before_are_cleared_in_their_turn(tmp_path):
     async def scenario():
         before, after = RecordingConnection(), RecordingConnection()
-        first = make_publisher()
+        first = make_publisher(shelf=Shelf(FLEET, tmp_path / "shelf"))
         for number in (1, 2):
             await first.publish(before, version(number))
-        second = make_publisher(earlier=[version(number).fingerprint for number in (1, 2)])
+        second = make_publisher(shelf=Shelf(FLEET, tmp_path / "shelf"))
         for number in (2, 3, 4):
             await second.publish(after, version(number))
         return before, after
@@ -177,7 +199,7 @@ def test_a_broker_that_forgot_gets_everything_again():
 
     empty = asyncio.run(scenario())
     (head,) = heads(empty)
-    assert blob(empty, head.full_blob) == to_bytes(LARGE)
+    assert whole(empty, head.full_blob, head.version) == LARGE.tolist()
     assert blob(empty, head.plan_blob) == b"the plan"
     assert empty.topics()[-1] == HEAD
 
@@ -203,7 +225,7 @@ def test_a_lost_connection_leaves_the_rest_to_the_next_one():
     first, second = asyncio.run(scenario())
     assert heads(first) == []
     (head,) = heads(second)
-    assert blob(second, head.full_blob) == to_bytes(LARGE)
+    assert whole(second, head.full_blob, head.version) == LARGE.tolist()
 
 
 def test_an_older_head_never_follows_a_newer_one():
@@ -211,8 +233,7 @@ def test_an_older_head_never_follows_a_newer_one():
 
     async def scenario():
         connection, publisher = RecordingConnection(), make_publisher()
-        chunk = blob_topic(version(1))
-        gate = connection.hold(chunk)
+        gate = connection.hold("/b/")
         first = asyncio.create_task(publisher.publish(connection, version(1)))
         second = asyncio.create_task(publisher.publish(connection, version(2)))
         renewal = asyncio.create_task(publisher.renew(connection, everything=False))
@@ -224,10 +245,6 @@ def test_an_older_head_never_follows_a_newer_one():
     numbers = [head.version for head in heads(asyncio.run(scenario()))]
     assert numbers == sorted(numbers)
     assert numbers[-1] == 2
-
-
-def blob_topic(offered):
-    return f"/b/{offered.fingerprint.hex()[:32]}/"
 
 
 def test_chunks_fit_what_the_broker_announced():

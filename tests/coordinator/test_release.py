@@ -10,7 +10,7 @@ import pytest
 from recording_connection import RecordingConnection, retained
 from small_fleet import DEVICES, PLAN, SCHEMA, constant, make_settings
 from test_coordinator_service import AT_ONCE, Outcome, run, update
-from test_publisher import HEAD, LARGE, blob, heads, make_publisher, version
+from test_publisher import HEAD, LARGE, blob, heads, make_publisher, version, whole
 
 from coordinator.aggregation import FedBuff
 from coordinator.held_out import EvaluationFailed
@@ -22,7 +22,8 @@ from coordinator.staleness import Constant
 from fedtide.wire import frame
 from fedtide.wire.link import LinkDown
 from fedtide.wire.messages import EvaluationEvent
-from fedtide.wire.parameters import fingerprint, to_bytes
+from fedtide.wire.model_blob import keyframe_parameters
+from fedtide.wire.parameters import fingerprint
 from fedtide.wire.settings import SettingsError
 
 GATE = ReleaseGate(on="federated", metric_at_least=0.5)
@@ -163,7 +164,7 @@ def test_the_released_model_stays_while_newer_ones_come_and_go():
     connection = asyncio.run(scenario())
     *_, seventh, last = heads(connection)
     assert (last.release.version, last.release.gate) == (2, "it is good")
-    assert blob(connection, last.release.blob) == to_bytes(LARGE + np.float32(2))
+    assert whole(connection, last.release.blob, 2) == (LARGE + np.float32(2)).tolist()
     left = {topic.split("/")[5] for topic in retained(connection.published) if "/b/" in topic}
     assert len(left) == 1 + 3 + 1  # the plan, the newest three, the release
     assert seventh.release.blob == last.release.blob
@@ -173,9 +174,9 @@ def test_a_model_that_is_the_release_no_longer_is_cleared():
     async def scenario():
         connection, publisher = RecordingConnection(), make_publisher(release=GATE)
         for number in range(1, 9):
+            if number in {2, 6}:
+                publisher.released = Released(version(number), "")
             await publisher.publish(connection, version(number))
-            if number in {1, 6}:
-                publisher.released = Released(publisher.version, "")
         return connection
 
     connection = asyncio.run(scenario())
@@ -208,15 +209,14 @@ def test_models_that_a_lost_connection_kept_from_being_cleared_are_cleared_on_th
                 raise LinkDown("lost")
 
         for number in range(1, 9):
+            if number in {1, 6}:
+                publisher.released = Released(version(number, LARGE + np.float32(number)), "")
             if number == 8:  # clears two models: the release before, and the oldest of four
                 connection.on_publish = lose
-                publisher.released = Released(publisher.version, "")
                 with pytest.raises(LinkDown):
                     await publisher.publish(connection, version(number, LARGE + np.float32(number)))
             else:
                 await publisher.publish(connection, version(number, LARGE + np.float32(number)))
-            if number == 1:
-                publisher.released = Released(publisher.version, "")
         connection.on_publish = lambda _publication: None
         await publisher.renew(connection, everything=True)
         return connection
@@ -298,8 +298,8 @@ def test_a_restart_of_the_coordinator_keeps_the_release(tmp_path):
     assert (first.epoch, first.version, first.release.version) == (2, 4, 2)
     assert first.release == before.heads()[-1].release
     assert after.outcome.released_version == 2
-    content = blob(after.connection, first.release.blob)
-    assert fingerprint(np.frombuffer(content, np.float32)) == first.release.parameters_sha256
+    parameters = keyframe_parameters(blob(after.connection, first.release.blob), 2, SCHEMA)
+    assert fingerprint(parameters) == first.release.parameters_sha256
 
 
 def test_a_version_that_is_being_evaluated_at_the_end_is_evaluated_once(tmp_path):

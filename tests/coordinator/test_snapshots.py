@@ -130,7 +130,8 @@ def test_a_published_model_is_a_file_of_named_tensors(open_bench, tmp_path):
 
 
 def test_only_the_last_models_stay_on_disk(open_bench, tmp_path):
-    bench = open_bench(make_settings(aggregator=FedBuff(goal=1), publish=Publish(keep_versions=2)))
+    publish = Publish(keep_versions=2, deltas=False)
+    bench = open_bench(make_settings(aggregator=FedBuff(goal=1), publish=publish))
     for counter in range(1, 4):
         base_version = max(bench.writer.published)
         base_sha256 = bench.writer.published[base_version]

@@ -38,6 +38,7 @@ from fedtide.wire.messages import (
     UpdateChunk,
     Verdict,
 )
+from fedtide.wire.model_blob import ModelBlob, ModelFormat
 from fedtide.wire.parameters import Schema, TensorSpec, Vector, fingerprint, to_bytes
 from fedtide.wire.plan import Limits, Plan, PlanManifest, Verified, seal_plan
 from fedtide.wire.seal import seal
@@ -115,7 +116,7 @@ class Release:
     epoch: int = 1
     plan: Plan = field(default_factory=tiny_plan)
     codec: str = "float32"
-    chunk_bytes: int = 5
+    chunk_bytes: int = 15  # three chunks
     training: bool = True
     key: SigningKey = COORDINATOR_KEY
     fleet: FleetId = FLEET
@@ -132,6 +133,11 @@ class Release:
         return to_bytes(self.parameters)
 
     @property
+    def keyframe(self) -> bytes:
+        version, result = ModelVersion(self.version), fingerprint(self.parameters)[:16]
+        return frame.to_frame(ModelBlob(ModelFormat.FLOAT32, None, version, result, self.content))
+
+    @property
     def plan_blob(self) -> bytes:
         return seal_plan(self.plan, COORDINATOR_KEY)
 
@@ -145,7 +151,7 @@ class Release:
             plan=self.plan.id,
             parameters_sha256=fingerprint(self.parameters),
             plan_blob=blob_ref(self.plan_blob, 100),
-            full_blob=blob_ref(self.content, self.chunk_bytes),
+            full_blob=blob_ref(self.keyframe, self.chunk_bytes),
             update_codec=CodecRequest(id=self.codec),
             training=self.training,
             release=self.release,
@@ -159,7 +165,7 @@ class Release:
         return released and wire.Release(
             version=ModelVersion(released.version),
             parameters_sha256=fingerprint(released.parameters),
-            blob=blob_ref(released.content, released.chunk_bytes),
+            blob=blob_ref(released.keyframe, released.chunk_bytes),
             gate=self.gate,
         )
 
@@ -174,9 +180,9 @@ class Release:
     def blob_messages(self) -> dict[str, bytes]:
         """The retained chunks by topic."""
         head = self.head
-        blobs = [(head.plan_blob, self.plan_blob), (head.full_blob, self.content)]
+        blobs = [(head.plan_blob, self.plan_blob), (head.full_blob, self.keyframe)]
         if self.released is not None and head.release is not None:
-            blobs.append((head.release.blob, self.released.content))
+            blobs.append((head.release.blob, self.released.keyframe))
         return {
             topics.BLOB_CHUNK.name(FLEET, blob=ref.id, index=index): piece
             for ref, content in blobs

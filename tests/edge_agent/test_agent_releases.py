@@ -104,7 +104,7 @@ def test_a_release_is_kept_while_both_slots_go_on(world: World) -> None:
         assert model is not None
         assert (model.release.version, model.release.gate) == (1, "accuracy at least 0.9")
         assert model.parameters.tolist() == [1, 1, 1]
-        assert chunks_fetched(world, good) == 3  # 12 bytes in chunks of 5: once, to be trained on
+        assert chunks_fetched(world, good) == 3  # all of them once, to be trained on
 
     run(main)
 

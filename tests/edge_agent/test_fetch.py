@@ -259,7 +259,7 @@ def test_a_blob_that_is_too_large_or_inconsistent_is_refused_before_anything_is_
         with pytest.raises(FrameTooLarge):
             await fetched(fetcher, source)
         with pytest.raises(MalformedFrame):
-            await fetched(fetcher, source, msgspec.structs.replace(REF, size_bytes=50))
+            await fetched(fetcher, source, msgspec.structs.replace(REF, size_bytes=50, chunk_bytes=0))
         assert source.subscribed == []
 
     run(main)

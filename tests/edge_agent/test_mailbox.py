@@ -436,6 +436,6 @@ def test_chunks_go_to_the_fetcher(world: World) -> None:
     async def main() -> None:
         await world.coordinator.publish(release)
         async with running(world, new_mailbox(world, fetcher)) as (_, connection):
-            assert await fetcher.fetch(connection, release.head.full_blob) == release.content
+            assert await fetcher.fetch(connection, release.head.full_blob) == release.keyframe
 
     run(main)

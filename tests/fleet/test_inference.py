@@ -10,11 +10,8 @@ import pytest
 from test_agent_process import device_environment, run
 from whole_fleet import coordinator_here, make_fleet, simulated, until
 
-from coordinator.model_state import initial_state
 from coordinator.plan.file import load
-from coordinator.recovery import base_parameters, recover
-from coordinator.replay import replay
-from coordinator.settings import Rules
+from coordinator.recovery import recover
 from edge_agent import reports
 from edge_agent.inference import LocalModel
 from edge_agent.plan_runtime import Evaluator
@@ -39,24 +36,12 @@ def reports_come_often(monkeypatch):
 
 
 def parameters_of(fleet, version):
-    """The parameters of a version, made again from the coordinator's journal."""
-    settings, plan = fleet.settings(), load(fleet.settings().plan)
-    recovered, made = recover(fleet.directory.state, settings, plan), {}
+    """The parameters of a version as devices hold it, from the coordinator's files."""
+    recovered = recover(fleet.directory.state, fleet.settings(), load(fleet.settings().plan))
     try:
-        replay(
-            recovered.journal,
-            initial_state(
-                plan.initial,
-                Rules(aggregator=settings.aggregator, server_optimizer=settings.server_optimizer),
-            ),
-            0,
-            schema=plan.plan.manifest.schema,
-            bases=base_parameters(recovered.models, plan),
-            on_version=lambda state: made.update({state.version: state.parameters.copy()}),
-        )
+        return recovered.models.parameters(version)
     finally:
         recovered.close()
-    return made[version]
 
 
 def make(tmp_path, digits, port, more):

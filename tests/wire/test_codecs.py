@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtide.wire.codecs import CODECS, Codec, NotFinite, WrongLength, get
+from fedtide.wire.codecs.rate import Rate, Request
 from fedtide.wire.errors import MalformedPayload, UnknownCodec
 from fedtide.wire.parameters import Schema, TensorSpec, Vector
 
@@ -52,18 +53,18 @@ def golden_delta() -> Vector:
     return ((index * 37 % 101 - 50) * (index // 256) / 1024).astype(np.float32)
 
 
-def float32_bound(delta: Vector) -> npt.NDArray[np.float64]:
+def float32_bound(delta: Vector, step: float) -> npt.NDArray[np.float64]:
     return np.zeros(delta.size)
 
 
-def float16_bound(delta: Vector) -> npt.NDArray[np.float64]:
+def float16_bound(delta: Vector, step: float) -> npt.NDArray[np.float64]:
     """Half a unit in the last place (relative 2^-11, at least 2^-25), or the excess over 65504."""
     magnitudes = np.abs(delta.astype(np.float64))
     bounds: npt.NDArray[np.float64] = np.maximum(magnitudes * 2**-11, 2**-25)
     return np.where(magnitudes > 65504, magnitudes - 65504, bounds)
 
 
-def q8_bound(delta: Vector) -> npt.NDArray[np.float64]:
+def q8_bound(delta: Vector, step: float) -> npt.NDArray[np.float64]:
     """Half a scale, plus the roundings of scale, quotient and product: together below 2^-16 of a scale."""
     bounds = np.empty(delta.size)
     for start in range(0, delta.size, 256):
@@ -78,11 +79,40 @@ def q8_bound(delta: Vector) -> npt.NDArray[np.float64]:
     return bounds
 
 
-ERROR_BOUNDS: Final[dict[str, Callable[[Vector], npt.NDArray[np.float64]]]] = {
+def ecsq_bound(delta: Vector, step: float) -> npt.NDArray[np.float64]:
+    """The widest dead zone, 0.78 of a step, or a step where the next level is above all of float32.
+
+    The step is at least 2^-126 and has 8 bits: relative 2^-8.
+    """
+    values = delta.astype(np.float64)
+    absolute = step * np.sqrt(np.mean(values**2)) if delta.size else 0.0
+    absolute = max(absolute, 2**-126) * (1 + 2**-8)
+    return np.where(np.abs(values) > LARGEST - absolute, absolute, 0.78 * absolute)
+
+
+def lowrank_bound(delta: Vector, step: float) -> npt.NDArray[np.float64]:
+    """Two and a half steps: of a vector, what does not pay for its bits becomes zero.
+
+    The step is at least 2^-100 and has 8 bits: relative 2^-8.
+    """
+    values = delta.astype(np.float64)
+    absolute = step * np.sqrt(np.mean(values**2)) if delta.size else 0.0
+    return np.full(delta.size, 2.5 * max(absolute, 2**-100) * (1 + 2**-8))
+
+
+ERROR_BOUNDS: Final[dict[str, Callable[[Vector, float], npt.NDArray[np.float64]]]] = {
     "float32": float32_bound,
     "float16": float16_bound,
     "q8": q8_bound,
+    "ecsq": ecsq_bound,
+    "lowrank": lowrank_bound,
 }
+"""For each codec, from the delta and the step asked for: of every parameter's error."""
+
+FINE: Final = Request(Rate(step=0.5))
+"""So that an adjustable codec's payload is more than its header."""
+STEPS: Final = (2**-8, 0.5, 4.0, 64.0)
+"""Of the adjustable codecs, in units of the delta's rms: fine, dense, usual, and nearly all becomes zero."""
 
 finite_floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
 deltas = st.lists(finite_floats, max_size=300).map(lambda values: vector(*values))
@@ -93,10 +123,13 @@ small_deltas = st.lists(st.floats(-(2**-13), 2**-13, width=32), max_size=300).ma
 
 def assert_within_bound(codec: Codec, delta: Vector) -> None:
     schema = schema_of(delta.size)
-    decoded = codec.decode(codec.encode(delta, schema), schema)
-    errors = np.abs(delta.astype(np.float64) - decoded.astype(np.float64))
-    assert np.isfinite(decoded).all()
-    assert (errors <= ERROR_BOUNDS[codec.codec_id](delta)).all()
+    for step in STEPS if codec.adjustable else (1.0,):
+        payload = codec.encode(delta, schema, Request(Rate(step=step)))
+        assert len(payload) <= codec.max_bytes(schema)
+        decoded = codec.decode(payload, schema)
+        errors = np.abs(delta.astype(np.float64) - decoded.astype(np.float64))
+        assert np.isfinite(decoded).all()
+        assert (errors <= ERROR_BOUNDS[codec.codec_id](delta, step)).all()
 
 
 def assert_rejected_or_finite(codec: Codec, payload: bytes, size: int) -> None:
@@ -277,7 +310,7 @@ def test_a_delta_of_another_shape_or_dtype_is_not_encoded(codec: Codec, delta: V
 @every_codec
 def test_every_truncation_is_rejected(codec: Codec) -> None:
     schema = schema_of(300)
-    payload = codec.encode(sample_delta(300), schema)
+    payload = codec.encode(sample_delta(300), schema, FINE)
     for length in range(len(payload)):
         with pytest.raises(MalformedPayload):
             codec.decode(payload[:length], schema)
@@ -285,10 +318,19 @@ def test_every_truncation_is_rejected(codec: Codec) -> None:
 
 @every_codec
 @every_size
-def test_one_byte_too_many_is_a_wrong_length(codec: Codec, size: int) -> None:
+def test_one_byte_too_many_is_rejected(codec: Codec, size: int) -> None:
+    schema = schema_of(size)
+    error = MalformedPayload if codec.adjustable else WrongLength
+    with pytest.raises(error):
+        codec.decode(codec.encode(sample_delta(size), schema) + b"\0", schema)
+
+
+@every_codec
+@every_size
+def test_a_payload_longer_than_max_bytes_is_a_wrong_length(codec: Codec, size: int) -> None:
     schema = schema_of(size)
     with pytest.raises(WrongLength):
-        codec.decode(codec.encode(sample_delta(size), schema) + b"\0", schema)
+        codec.decode(bytes(codec.max_bytes(schema) + 1), schema)
 
 
 @every_codec
@@ -299,7 +341,8 @@ def test_an_empty_payload_is_a_wrong_length(codec: Codec) -> None:
 
 @every_codec
 def test_the_length_is_checked_before_anything_is_allocated(codec: Codec) -> None:
-    with pytest.raises(WrongLength):  # not MemoryError: the decoded vector would have 2^60 bytes
+    error = MalformedPayload if codec.adjustable else WrongLength
+    with pytest.raises(error):  # not MemoryError: the decoded vector would have 2^60 bytes
         codec.decode(bytes(1000), schema_of(2**58))
 
 
@@ -326,7 +369,7 @@ def test_random_bytes_of_the_right_length_are_rejected_or_decode_to_finite_value
 def test_a_payload_with_any_one_byte_set_to_ones_is_rejected_or_decodes_to_finite_values(
     codec: Codec,
 ) -> None:
-    payload = codec.encode(sample_delta(300), schema_of(300))
+    payload = codec.encode(sample_delta(300), schema_of(300), FINE)
     for place in range(len(payload)):
         assert_rejected_or_finite(codec, payload[:place] + b"\xff" + payload[place + 1 :], 300)
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from wire_samples import COORDINATOR_KEY, DEVICE_KEY, HEADER, PAYLOAD
 
 from fedtide.wire import frame
+from fedtide.wire.chunks import update_chunks
 from fedtide.wire.envelope import (
     MAX_HEADER_BYTES,
     UpdateHeader,
@@ -25,6 +26,7 @@ from fedtide.wire.errors import (
     UnsupportedVersion,
     WireError,
 )
+from fedtide.wire.ids import Counter, DeviceId, FleetId, ModelVersion, PlanId
 from fedtide.wire.signatures import PLAN_DOMAIN, UPDATE_DOMAIN
 
 MAX_BYTES = 1 << 20
@@ -160,10 +162,43 @@ def test_the_largest_envelope_fits_its_bound_to_the_byte() -> None:
 @pytest.mark.parametrize("field", ["counter", "base_version", "num_examples", "local_steps", "payload_bytes"])
 @pytest.mark.parametrize("value", [-1, 2**63, 2**64 - 1])
 def test_numbers_that_a_database_cannot_hold_are_malformed(field: str, value: int) -> None:
-    fields = msgpack.unpackb(frame.pack(HEADER)) | {field: value}
+    on_the_wire = dict(
+        zip(UpdateHeader.__struct_fields__, UpdateHeader.__struct_encode_fields__, strict=True)
+    )
+    fields = msgpack.unpackb(frame.pack(HEADER)) | {on_the_wire[field]: value}
     signed = bytes(msgpack.packb(fields))
-    with pytest.raises(MalformedFrame, match=rf"\$\.{field}"):
+    with pytest.raises(MalformedFrame, match=rf"\$\.{field}`"):
         open_update(assembled(signed, DEVICE_KEY.sign(UPDATE_DOMAIN, signed), PAYLOAD), MAX_BYTES)
+
+
+def test_a_missing_field_is_named_in_full_though_it_is_short_on_the_wire() -> None:
+    fields = msgpack.unpackb(frame.pack(HEADER))
+    del fields["bv"]
+    signed = bytes(msgpack.packb(fields))
+    with pytest.raises(MalformedFrame, match="missing required field `base_version`"):
+        open_update(assembled(signed, DEVICE_KEY.sign(UPDATE_DOMAIN, signed), PAYLOAD), MAX_BYTES)
+
+
+def test_all_that_surrounds_the_payload_of_an_ordinary_update_takes_345_bytes() -> None:
+    # The header takes 214, its signature and the lengths 72, the chunk around them 59.
+    header = UpdateHeader(
+        fleet=FleetId("demo"),
+        plan=PlanId("0123456789abcdef0123456789abcdef"),
+        device=DeviceId("device-07"),
+        counter=Counter(6_400_000_123),
+        base_version=ModelVersion(77),
+        base_sha256=bytes(32),
+        codec="lowrank",
+        num_examples=120,
+        local_steps=8,
+        metrics={"loss": 0.25, "metric": 0.875},
+        payload_bytes=600,
+        payload_sha256=bytes(32),
+        created=1.7e9,
+    )
+    envelope = seal_update(header, bytes(600), DEVICE_KEY)
+    (chunk,) = update_chunks(envelope, header.counter, 100_000)
+    assert len(chunk) - 600 == 345
 
 
 def test_an_envelope_of_many_small_values_takes_no_more_memory_than_its_bytes() -> None:

@@ -24,6 +24,7 @@ from fedtide.wire.messages import (
     UpdateChunk,
     Verdict,
 )
+from fedtide.wire.model_blob import DeltaIndex, IndexRow, ModelBlob, ModelFormat
 from fedtide.wire.parameters import Schema, TensorSpec
 from fedtide.wire.plan import Limits, Plan, PlanManifest, Verified
 from fedtide.wire.signatures import SigningKey
@@ -46,7 +47,8 @@ HEAD: Final = Head(
     parameters_sha256=b"m" * 32,
     plan_blob=blob_ref(b"a plan", 4),
     full_blob=blob_ref(b"all parameters", 4),
-    deltas=(ModelDelta(from_version=ModelVersion(39), blob=blob_ref(b"a delta", 4)),),
+    deltas=(ModelDelta(ModelVersion(39), ModelVersion(41), blob_ref(b"a delta", 4)),),
+    delta_index=blob_ref(b"an index", 4),
     update_codec=CodecRequest(id="q8", parameters={"block": 256.0}),
     training=True,
     release=Release(
@@ -57,6 +59,15 @@ HEAD: Final = Head(
     ),
     issued=1_700_000_000.5,
     expires=1_700_086_400.5,
+)
+MODEL_BLOB: Final = ModelBlob(
+    ModelFormat.GRID, ModelVersion(39), ModelVersion(41), b"r" * 16, b"\x00\xff payload"
+)
+INDEX: Final = DeltaIndex(
+    ModelVersion(41),
+    4096,
+    (IndexRow(ModelVersion(39), 300, b"d" * 16), IndexRow(ModelVersion(38), 70_000, b"e" * 16)),
+    (IndexRow(ModelVersion(32), 500, b"i" * 16),),
 )
 STATE: Final = CoordinatorState(
     fleet=FLEET, epoch=Epoch(3), online=True, protocol_min=1, protocol_max=2, shards=4
@@ -160,6 +171,8 @@ MANIFEST: Final = PlanManifest(
 
 MESSAGES: Final[tuple[Message, ...]] = (
     HEAD,
+    MODEL_BLOB,
+    INDEX,
     STATE,
     CHUNK,
     RECEIPT,

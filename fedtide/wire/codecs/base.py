@@ -1,11 +1,15 @@
 """What every codec promises, the two ways a payload can be wrong, and the checks all codecs share."""
 
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 
+from fedtide.wire.codecs.rate import Request
 from fedtide.wire.errors import MalformedPayload
 from fedtide.wire.parameters import Schema, Vector
+
+UNREQUESTED: Final = Request()
+"""The request of a caller that leaves everything to the codec."""
 
 
 class WrongLength(MalformedPayload):
@@ -31,12 +35,22 @@ class Codec(Protocol):
         """The name in envelopes and in the head; never reused for another format."""
         ...
 
+    @property
+    def adjustable(self) -> bool:
+        """Whether it has a rate. Such a codec leaves out so much that it needs error feedback."""
+        ...
+
     def max_bytes(self, schema: Schema) -> int:
         """The longest payload this codec makes or accepts for ``schema``, in bytes."""
         ...
 
-    def encode(self, delta: Vector, schema: Schema) -> bytes:
+    def encode(self, delta: Vector, schema: Schema, request: Request = UNREQUESTED) -> bytes:
         """Encode a float32 vector of shape ``(schema.size,)``, which is left as it was.
+
+        Args:
+            delta: local − base; with error feedback, plus the residual.
+            schema: the plan's.
+            request: how finely; codecs that are not adjustable ignore it.
 
         Raises:
             ValueError: another shape or dtype, NaN, or an infinity.

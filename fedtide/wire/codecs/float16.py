@@ -10,7 +10,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from fedtide.wire.codecs.base import NotFinite, check_delta, check_length, check_out
+from fedtide.wire.codecs.base import UNREQUESTED, NotFinite, check_delta, check_length, check_out
+from fedtide.wire.codecs.rate import Request
 from fedtide.wire.parameters import Schema, Vector
 
 _FLOAT16: Final = np.dtype("<f2")
@@ -38,12 +39,13 @@ class Float16:
     """Half the bytes for about 4e-8 of the delta's energy."""
 
     codec_id: Final = "float16"
+    adjustable: Final = False
 
     def max_bytes(self, schema: Schema) -> int:
         """Exactly 2 bytes per parameter."""
         return _FLOAT16.itemsize * schema.size
 
-    def encode(self, delta: Vector, schema: Schema) -> bytes:
+    def encode(self, delta: Vector, schema: Schema, request: Request = UNREQUESTED) -> bytes:  # noqa: ARG002
         """See :meth:`Codec.encode`. Values beyond ±65504 become ±65504."""
         delta = check_delta(delta, schema.size)
         if not np.isfinite(delta).all():

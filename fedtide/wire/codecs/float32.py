@@ -4,7 +4,8 @@ from typing import Final
 
 import numpy as np
 
-from fedtide.wire.codecs.base import NotFinite, check_delta, check_length, check_out
+from fedtide.wire.codecs.base import UNREQUESTED, NotFinite, check_delta, check_length, check_out
+from fedtide.wire.codecs.rate import Request
 from fedtide.wire.parameters import FLOAT32, Schema, Vector, to_bytes
 
 
@@ -12,12 +13,13 @@ class Float32:
     """Every bit of the delta, negative zero and subnormals included."""
 
     codec_id: Final = "float32"
+    adjustable: Final = False
 
     def max_bytes(self, schema: Schema) -> int:
         """Exactly 4 bytes per parameter."""
         return FLOAT32.itemsize * schema.size
 
-    def encode(self, delta: Vector, schema: Schema) -> bytes:
+    def encode(self, delta: Vector, schema: Schema, request: Request = UNREQUESTED) -> bytes:  # noqa: ARG002
         """See :meth:`Codec.encode`."""
         delta = check_delta(delta, schema.size)
         if not np.isfinite(delta).all():

@@ -22,7 +22,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from fedtide.wire.codecs.base import NotFinite, check_delta, check_length, check_out
+from fedtide.wire.codecs.base import UNREQUESTED, NotFinite, check_delta, check_length, check_out
+from fedtide.wire.codecs.rate import Request
 from fedtide.wire.parameters import FLOAT32, Schema, Vector
 
 _BLOCK: Final = 256
@@ -40,12 +41,13 @@ class Q8:
     """A quarter of the bytes for about 1e-4 of the delta's energy."""
 
     codec_id: Final = "q8"
+    adjustable: Final = False
 
     def max_bytes(self, schema: Schema) -> int:
         """Exactly 1 byte per parameter and 4 per block."""
         return _payload_bytes(schema.size)
 
-    def encode(self, delta: Vector, schema: Schema) -> bytes:
+    def encode(self, delta: Vector, schema: Schema, request: Request = UNREQUESTED) -> bytes:  # noqa: ARG002
         """See :meth:`Codec.encode`."""
         delta = check_delta(delta, schema.size)
         scales = _scales(_peaks(delta))

@@ -1,0 +1,86 @@
+"""The published versions: made by the closed loop, durable before any device sees one, and found again.
+
+Files and journal are used by one thread at a time: call ``make`` and ``save`` in the journal's thread.
+"""
+
+import time
+
+from coordinator.closed_loop import ClosedLoop, Version
+from coordinator.journal import Journal, Published
+from coordinator.model_deltas import REACH
+from coordinator.model_store import ModelStore
+from coordinator.settings import CoordinatorSettings
+from fedtide.wire.ids import ModelVersion
+from fedtide.wire.parameters import Schema, Vector, fingerprint
+
+
+class PublishedVersions:
+    """Versions by their place in the sequence in which they were published.
+
+    Args:
+        settings: the coordinator's.
+        schema: of the model.
+        models: their files.
+        journal: their fingerprints.
+
+    Attributes:
+        newest: the version made last, perhaps by an earlier run.
+    """
+
+    def __init__(
+        self, settings: CoordinatorSettings, schema: Schema, models: ModelStore, journal: Journal
+    ) -> None:
+        self._keep = settings.publish.keep_versions
+        self._needs_base = settings.aggregator.needs_base
+        self._models = models
+        self._journal = journal
+        places = models.places()
+        self._numbers = {place.sequence: number for number, place in sorted(places.items())}
+        self.newest: Version | None = None
+        if places:
+            number = max(places)
+            self.newest = Version.of(number, models.parameters(number), places[number])
+        self._loop = ClosedLoop(settings.publish, schema, self.newest)
+        self._exact: tuple[ModelVersion, Vector] | None = None
+
+    def fingerprints(self) -> dict[ModelVersion, bytes]:
+        """The versions that an update may start from; with FedAsync only those kept as aggregated."""
+        return {
+            row.version: row.fingerprint
+            for row in self._journal.published()
+            if not self._needs_base or row.exact is None or self._models.has_exact(row.version)
+        }
+
+    def make(self, number: ModelVersion, target: Vector) -> Version:
+        """The version to publish for a model; see :meth:`ClosedLoop.version`."""
+        self.newest = self._loop.version(number, target)
+        self._exact = number, target
+        return self.newest
+
+    def save(self, version: Version) -> None:
+        """Make a version's file and fingerprint durable, and forget the oldest."""
+        own = self._exact[1] if self._exact and self._exact[0] == version.number else version.parameters
+        exact = version.fingerprint if own is version.parameters else fingerprint(own)
+        rounded = exact != version.fingerprint
+        # In this order a kill in between never leaves a version on record whose file is not there.
+        self._models.save(
+            version.number,
+            version.parameters,
+            place=version.place,
+            exact=own if rounded and self._needs_base else None,
+        )
+        row = Published(version.number, version.fingerprint, time.time(), exact if rounded else None)
+        self._journal.add_published(row, self._keep)
+        self._models.remove_old()
+        self._numbers[version.place.sequence] = version.number
+        self._numbers.pop(version.place.sequence - REACH - 1, None)
+
+    def earlier(self, sequence: int) -> tuple[ModelVersion, Vector] | None:
+        """A published version by its sequence number; None for one that is not kept."""
+        number = self._numbers.get(sequence)
+        if number is None:
+            return None
+        try:
+            return number, self._models.parameters(number)
+        except FileNotFoundError:
+            return None

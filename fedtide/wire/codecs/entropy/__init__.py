@@ -1,0 +1,1 @@
+"""The entropy coder of all codecs: whole numbers in classes to bytes and back."""

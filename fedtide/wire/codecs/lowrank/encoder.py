@@ -1,0 +1,133 @@
+"""The low-rank codec's encoder: one delta at the step, or within the bytes, that are asked for."""
+
+from math import isfinite, sqrt
+from typing import Final
+
+import numpy as np
+
+from fedtide.wire.codecs.budget import finest_within
+from fedtide.wire.codecs.lowrank.factors import Decomposition, Floats, decompose
+from fedtide.wire.codecs.lowrank.layout import STEP_BYTES, ZEROS, Place, places_of, step_bits, step_of
+from fedtide.wire.codecs.lowrank.products import product_of
+from fedtide.wire.codecs.lowrank.quantiser import (
+    QuantisedMatrix,
+    quantise_factors,
+    quantise_scalars,
+    remainder_of,
+    scalars_profit,
+)
+from fedtide.wire.codecs.lowrank.stream import QuantisedTensor, write_tensors
+from fedtide.wire.codecs.rate import FINEST_STEP, Request
+from fedtide.wire.errors import MalformedPayload
+from fedtide.wire.parameters import Schema, Vector
+
+DEFAULT_STEP: Final = 8.0
+"""In units of the delta's rms."""
+_FIRST_COMPONENTS: Final = 12
+_NORMAL: Final = (2.0**-40, 2.0**40)
+"""The rms of deltas that are encoded as they are; others are first multiplied by a power of two."""
+
+
+class Encoder:
+    """Encodes one delta at as many steps as it takes; what does not depend on the step is kept."""
+
+    def __init__(self, delta: Vector, schema: Schema) -> None:
+        """Take a finite delta of the schema's size.
+
+        Raises:
+            ValueError: it holds NaN or an infinity.
+        """
+        self._rms = _rms(delta)
+        self._shift = 0
+        if self._rms and not _NORMAL[0] < self._rms < _NORMAL[1]:
+            self._shift = -round(np.log2(self._rms))
+            delta = np.ldexp(delta, self._shift)
+        self._delta = delta
+        self._places = places_of(schema)
+        self._decompositions: dict[int, Decomposition] = {}
+
+    def encode(self, request: Request) -> bytes:
+        """The payload that is asked for."""
+        if not self._rms:
+            return ZEROS
+        rms = request.rms or self._rms
+        finest = FINEST_STEP * self._rms
+
+        def encoded(step: float) -> bytes:
+            return self._at(max(step * rms, finest))
+
+        budget = request.rate.budget_bytes(self._delta.size)
+        if budget is None:
+            return encoded(request.rate.step or DEFAULT_STEP)
+        if budget < STEP_BYTES + 1:
+            return ZEROS
+        payload = finest_within(encoded, budget, DEFAULT_STEP)
+        return payload if len(payload) <= budget else ZEROS
+
+    def _at(self, step: float) -> bytes:
+        """The payload with this step."""
+        bits = step_bits(step)
+        tensors = [self._tensor(place, step_of(bits)) for place in self._places]
+        if all(tensor.matrix is None and tensor.scalars is None for tensor in tensors):
+            return ZEROS
+        return bits.to_bytes(STEP_BYTES, "little") + write_tensors(tensors, self._places)
+
+    def _tensor(self, place: Place, step: np.float32) -> QuantisedTensor:
+        values = self._delta[place.elements]
+        shifted = float(np.ldexp(np.float64(step), self._shift))
+        matrix = self._factors(place, shifted) if place.widest_rank else None
+        if matrix is not None and matrix.profit > scalars_profit(values, shifted):
+            tensor = self._with_remainder(matrix, place, step)
+            if tensor is not None:
+                return tensor
+        return QuantisedTensor(
+            None, quantise_scalars(remainder_of(values, shifted, place.columns, None), step)
+        )
+
+    def _with_remainder(
+        self, matrix: QuantisedMatrix, place: Place, step: np.float32
+    ) -> QuantisedTensor | None:
+        """A tensor's factors and what is worth encoding of the rest; None if decoders would refuse it."""
+        left, right = matrix.entries[:, : place.rows], matrix.entries[:, place.rows :]
+        values = self._delta[place.elements]
+        shifted = float(np.ldexp(np.float64(step), self._shift))
+        try:
+            product = product_of(left, right, matrix.exponents, matrix.kind, None)
+            remainder = remainder_of(values, shifted, place.columns, product)
+            scalars = quantise_scalars(remainder, step)
+            if scalars is not None:
+                product = product_of(left, right, matrix.exponents, matrix.kind, scalars.scalars)
+        except MalformedPayload:
+            return None
+        return QuantisedTensor(matrix, scalars) if product.is_finite_at(step) else None
+
+    def _factors(self, place: Place, step: float) -> QuantisedMatrix | None:
+        components = min(_FIRST_COMPONENTS, place.widest_rank)
+        matrix: Floats = self._delta[place.elements].reshape(place.rows, place.columns)
+        while True:
+            found = self._decompositions.get(place.start)
+            if found is None or (len(found.values) < components and not found.complete):
+                found = decompose(matrix, components)
+                self._decompositions[place.start] = found
+            quantised = quantise_factors(found, step, place)
+            if len(quantised.exponents) < components or components == place.widest_rank:
+                break
+            components = min(2 * components, place.widest_rank)
+        return quantised if quantised.exponents else None
+
+
+def _rms(delta: Vector) -> float:
+    """The root of the mean square.
+
+    Raises:
+        ValueError: NaN or an infinity.
+    """
+    if not delta.size:
+        return 0.0
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        square = float(np.dot(delta, delta))
+        if not 2.0**-100 < square < 2.0**120:
+            square = float(np.square(delta, dtype=np.float64).sum())
+    if not isfinite(square):
+        raise ValueError("the delta holds NaN or an infinity")
+    return sqrt(square / delta.size)

@@ -42,7 +42,7 @@ BOUNDS: Final[Mapping[str, float]] = {"digits-cnn": 0.09, "activity-cnn": 0.09, 
 """Bits a parameter at an NMSE of 0.10."""
 LIMITS_DB: Final[Mapping[float, float]] = {1.0: 4.58, 2.0: 10.51, 4.0: 22.55}
 """Signal to noise by bits, for N(0, 1): entropy-coded uniform threshold quantisation at its best."""
-NEAR_DB: Final = 0.1
+NEAR_DB: Final = 0.15
 ENCODE_SHARE: Final = 0.02
 NORMAL_VALUES: Final = 512
 ADAM_UPDATES: Final = 240

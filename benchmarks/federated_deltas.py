@@ -274,7 +274,8 @@ def adam(task: FederatedTask) -> FederatedTask:
 def deltas_of(task: FederatedTask, data: Path, directory: Path | None, updates: int | None = None) -> Deltas:
     """A task's deltas: from the directory if they are there, else from a run, and then kept there."""
     updates = updates or task.updates
-    path = directory / f"{task.name}-{updates}.npz" if directory else None
+    name = task.name if updates == task.updates else f"{task.name}-{updates}"
+    path = directory / f"{name}.npz" if directory else None
     if path and path.exists():
         return Deltas.load(path)
     deltas = collect(Run(task, data), updates)
@@ -295,7 +296,7 @@ def _options() -> Options:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("directory", type=Path, help="where to write TASK-UPDATES.npz")
+    parser.add_argument("directory", type=Path, help="where to write TASK.npz")
     parser.add_argument("--tasks", nargs="+", choices=sorted(TASKS), required=True)
     parser.add_argument("--data", type=Path, default=Path(), help="directory with har.npz and mnist.npz")
     return parser.parse_args(namespace=Options())

@@ -1,6 +1,6 @@
 """Which deltas there are, and how devices find them. Pure.
 
-Published versions are counted, and every 16 of them are a segment. A version has a delta from each of the 16
+Published versions are counted, and every 8 of them are a segment. A version has a delta from each of the 8
 before it, because devices that train miss about as many as are made between two of their updates. The last of
 a segment also has deltas from the ends of earlier segments. So from any of the last 128 versions there is a
 way of at most three deltas: to the end of its segment, to the end of the last whole segment, to the newest. A
@@ -20,7 +20,7 @@ from fedtide.wire.ids import ModelVersion
 from fedtide.wire.messages import BlobRef, ModelDelta
 from fedtide.wire.model_blob import SHORT_SHA256_BYTES, DeltaIndex, IndexRow
 
-SEGMENT: Final = 16
+SEGMENT: Final = 8
 """Versions."""
 REACH: Final = 128
 """Versions back from which there are deltas."""
@@ -108,7 +108,7 @@ class Catalogue:
             yield from (delta.blob for delta in end.deltas)
 
     def _within_reach(self, sequence: int) -> Iterator[Published]:
-        # From the newest version of a segment onwards, the oldest version in reach may be 15 before its end.
+        # From the newest version of a segment onwards, the oldest version in reach may be 7 before its end.
         return (end for end in self._ends.values() if end.sequence >= sequence - REACH)
 
 

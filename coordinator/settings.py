@@ -22,7 +22,7 @@ from fedtide.wire.model_blob import ModelFormat
 Positive = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1)]
 
-DEFAULT_CODEC: Final = "q8"
+DEFAULT_CODEC: Final = "lowrank"
 """What updates are encoded with where the settings do not say."""
 
 

@@ -9,6 +9,7 @@ import msgspec
 from rich.console import Console
 
 from broker_config.local import available_brokers
+from coordinator.settings import DEFAULT_CODEC
 from fedtide.demo.report import summary
 from fedtide.demo.settings import DemoSettings
 from fedtide.wire.codecs import CODECS
@@ -26,7 +27,7 @@ from fedtide.wire.codecs import CODECS
 @click.option("--target", type=click.FloatRange(0, 1), default=0.95, show_default=True,
               help="Held-out accuracy to reach.")  # fmt: skip
 @click.option("--seconds", type=click.FloatRange(5), default=60.0, show_default=True, help="Longest run.")
-@click.option("--codec", type=click.Choice(list(CODECS)), default="q8", show_default=True)
+@click.option("--codec", type=click.Choice(list(CODECS)), default=DEFAULT_CODEC, show_default=True)
 @click.option(
     "--broker", type=click.Choice(["mosquitto", "nats"]), help="Default: mosquitto if installed, else nats."
 )

@@ -38,6 +38,11 @@ def updates_sent(fleet: SimulatedFleet) -> int:
     return sum(tally.sent for tallies in fleet.tallies.values() for tally in tallies)
 
 
+def models_trained_on(fleet: SimulatedFleet) -> int:
+    """Models the devices fetched and trained on."""
+    return sum(tally.trained for tallies in fleet.tallies.values() for tally in tallies)
+
+
 def view(status: Status, fleet: SimulatedFleet, history: list[Counted], now: float) -> RenderableType:
     """A few lines, redrawn in place."""
     return Group(
@@ -78,14 +83,15 @@ def _figures(status: Status, fleet: SimulatedFleet, history: list[Counted]) -> T
     then = next((past for past in history if past.seconds >= newest.seconds - _RATE_WINDOW_S), newest)
     elapsed = newest.seconds - then.seconds
     rate = (newest.applied - then.applied) / elapsed if elapsed else 0.0
-    float32_bytes = updates_sent(fleet) * status.parameters * 4
-    saving = (
-        f" (1/{float32_bytes / newest.traffic.uplink_bytes:.1f} of float32)"
-        if newest.traffic.uplink_bytes
-        else ""
-    )
+    whole = status.parameters * 4
+    up = _saving(newest.traffic.uplink_bytes, updates_sent(fleet) * whole)
+    down = _saving(newest.traffic.downlink_bytes, models_trained_on(fleet) * whole)
     return Text(
         f"{rate:.1f} updates/s  staleness {summarise_staleness(status.staleness).mean:.1f}"
-        f"  up {megabytes(newest.traffic.uplink_bytes)}{saving}"
-        f"  down {megabytes(newest.traffic.downlink_bytes)} (models travel as float32)"
+        f"  up {megabytes(newest.traffic.uplink_bytes)}{up}"
+        f"  down {megabytes(newest.traffic.downlink_bytes)}{down}"
     )
+
+
+def _saving(size_bytes: int, float32_bytes: int) -> str:
+    return f" (1/{float32_bytes / size_bytes:.0f} of float32)" if size_bytes and float32_bytes else ""

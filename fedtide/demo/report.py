@@ -62,7 +62,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         staleness_histogram: how many updates had which staleness.
         uplink_bytes: MQTT PUBLISH packets the devices sent, with their headers and topics.
         uplink_bytes_float32: what the same updates would take as bare float32.
-        downlink_bytes: MQTT PUBLISH packets the devices received.
+        downlink_bytes: MQTT PUBLISH packets the devices received, receipts and heads among them.
+        downlink_bytes_float32: what the models they trained on would take as bare float32.
         devices: each device's part.
         evaluations: held-out results over time.
         traffic: bytes over time.
@@ -87,6 +88,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     uplink_bytes: int
     uplink_bytes_float32: int
     downlink_bytes: int
+    downlink_bytes_float32: int
     devices: tuple[DeviceReport, ...]
     evaluations: tuple[EvaluationPoint, ...]
     traffic: tuple[TrafficPoint, ...]
@@ -142,7 +144,8 @@ def summary(report: Report) -> Table:
     reached = report.seconds_to_target
     updates, staleness = report.updates, report.staleness
     rejected = ", ".join(f"{count} {reason}" for reason, count in sorted(updates.rejected.items())) or "none"
-    saving = report.uplink_bytes_float32 / max(1, report.uplink_bytes)
+    up = report.uplink_bytes_float32 / max(1, report.uplink_bytes)
+    down = report.downlink_bytes_float32 / max(1, report.downlink_bytes)
     slow = sum(device.weight_share for device in report.devices if device.speed == "slow")
     rows = {
         "held-out accuracy": f"{report.accuracy:.4f} (target {report.target_accuracy:g}: "
@@ -150,9 +153,10 @@ def summary(report: Report) -> Table:
         "model versions": f"{report.versions:,} in {report.seconds:.1f} s",
         "updates": f"{updates.applied:,} applied, {updates.duplicate:,} duplicate, rejected: {rejected}",
         "staleness": f"mean {staleness.mean:.1f} versions, p95 {staleness.p95}, max {staleness.max}",
-        "bytes up": f"{megabytes(report.uplink_bytes)}, 1/{saving:.1f} of float32 "
-        f"({report.codec}; MQTT headers counted)",
-        "bytes down": f"{megabytes(report.downlink_bytes)} (models travel as float32)",
+        "bytes up": f"{megabytes(report.uplink_bytes)}, 1/{up:.0f} of the updates as float32 "
+        f"({report.codec}; envelopes, events and MQTT headers counted)",
+        "bytes down": f"{megabytes(report.downlink_bytes)}, 1/{down:.0f} of the models as float32 "
+        "(heads and receipts counted)",
         "slow devices": f"{100 * slow:.1f} % of the weight",
         "coordinator": f"{report.coordinator_cpu_seconds:.1f} CPU s, peak "
         f"{megabytes(report.coordinator_rss_bytes)}",

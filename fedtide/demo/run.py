@@ -170,6 +170,7 @@ def _report(demo: _Run, status: Status, broker: LocalBroker) -> report.Report:
         uplink_bytes=newest.traffic.uplink_bytes,
         uplink_bytes_float32=sent * status.parameters * 4,
         downlink_bytes=newest.traffic.downlink_bytes,
+        downlink_bytes_float32=live.models_trained_on(demo.fleet) * status.parameters * 4,
         devices=tuple(
             report.DeviceReport(
                 device=device.device,

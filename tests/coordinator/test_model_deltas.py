@@ -11,28 +11,28 @@ from fedtide.wire.messages import BlobRef, ModelDelta
 from fedtide.wire.model_blob import DeltaIndex
 
 
-def test_a_version_has_deltas_from_the_sixteen_before_it():
+def test_a_version_has_deltas_from_the_eight_before_it():
     assert sources(0) == ()
     assert sources(1) == (0,)
     assert sources(5) == (4, 3, 2, 1, 0)
-    assert sources(17) == tuple(range(16, 0, -1))
-    assert sources(35) == tuple(range(34, 18, -1))
+    assert sources(9) == (8, 7, 6, 5, 4, 3, 2, 1)
+    assert sources(35) == (34, 33, 32, 31, 30, 29, 28, 27)
 
 
 def test_the_last_of_a_segment_also_has_deltas_from_the_ends_of_earlier_ones():
-    assert sources(16) == tuple(range(15, -1, -1))
-    assert sources(48) == (*range(47, 31, -1), 16, 0)
-    assert sources(320) == (*range(319, 303, -1), 288, 272, 256, 240, 224, 208, 192)
+    assert sources(8) == (7, 6, 5, 4, 3, 2, 1, 0)
+    assert sources(24) == (*range(23, 15, -1), 8, 0)
+    assert sources(320) == (*range(319, 311, -1), *range(304, 191, -8))
 
 
 def test_where_nothing_is_left_of_earlier_deltas_there_are_direct_ones():
     assert sources_anew(0) == ()
     assert sources_anew(3) == (2, 1, 0)
-    assert sources_anew(40) == (*range(39, 23, -1), 16, 0)
-    assert sources_anew(300) == (*range(299, 283, -1), 272, 256, 240, 224, 208, 192, 176)
+    assert sources_anew(28) == (*range(27, 19, -1), 16, 8, 0)
+    assert sources_anew(300) == (*range(299, 291, -1), *range(288, 175, -8))
 
 
-@pytest.mark.parametrize("newest", [1, 15, 16, 17, 100, 128, 129, 255, 256, 257, 300])
+@pytest.mark.parametrize("newest", [1, 7, 8, 9, 100, 128, 129, 255, 256, 257, 300])
 def test_three_deltas_lead_from_any_version_within_reach_to_the_newest(newest):
     ends = {end for end in range(newest + 1) if end % SEGMENT == 0}
     leads = {newest: 0}  # by version: over how many deltas; indexes of other versions than ends do not stay
@@ -70,7 +70,7 @@ def test_an_index_lists_a_versions_deltas_and_the_end_of_the_segment_before():
     _, index = filled(35)
     assert index.model_deltas() == tuple(
         ModelDelta(3 * start, 105, BlobRef(300, blob(f"{start}-35").sha256[:16], 4096))
-        for start in range(34, 18, -1)
+        for start in range(34, 26, -1)
     )
     assert index.indexes() == {96: BlobRef(300, blob("index 32").sha256[:16], 4096)}
 
@@ -103,5 +103,5 @@ def test_a_catalogue_that_was_cleared_names_nothing():
 
 def test_an_index_of_a_hundred_and_twenty_eight_versions_is_small():
     catalogue, _ = filled(320)
-    # 23 deltas and 8 indexes, 25 bytes each: 16 of hash, 3 of size, 3 of version, 3 of framing.
-    assert len(catalogue.index(published(320), 4096)) < 31 * 26 + 20
+    # 8 + 15 deltas and 16 indexes, 25 bytes each: 16 of hash, 3 of size, 3 of version, 3 of framing.
+    assert len(catalogue.index(published(320), 4096)) < 39 * 26 + 20

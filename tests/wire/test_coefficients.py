@@ -171,7 +171,7 @@ def test_nonzeros_that_nobody_asks_for_are_rejected() -> None:
     payload = encode_classes([integers(0, 0, 5, 0, 1)], [SPARSE])
     reader = CoefficientReader(memoryview(payload), [SPARSE], 5)
     assert reader.take(0, 4).tolist() == [0, 0, 5, 0]
-    with pytest.raises(MalformedPayload, match="class 0 has 2 nonzeros; 1 of them have a place"):
+    with pytest.raises(MalformedPayload, match="class 0 has 5 coefficients; 4 of them have a place"):
         reader.finish()
 
 

@@ -27,12 +27,20 @@ from fedtide.wire.codecs.lowrank.contexts import (
 from fedtide.wire.codecs.lowrank.factors import decompose
 from fedtide.wire.codecs.lowrank.layout import (
     LARGEST_FACTOR,
+    Place,
     TensorLayout,
     places_of,
     read_layouts,
     write_layouts,
 )
-from fedtide.wire.codecs.lowrank.products import Product, Scalars, inverse, product_of, transform
+from fedtide.wire.codecs.lowrank.products import (
+    Product,
+    Scalars,
+    inverse,
+    prior_of,
+    product_of,
+    transform,
+)
 from fedtide.wire.codecs.lowrank.quantiser import QuantisedMatrix, QuantisedScalars
 from fedtide.wire.codecs.lowrank.stream import QuantisedTensor, write_tensors
 from fedtide.wire.codecs.rate import Rate, Request
@@ -254,20 +262,20 @@ def test_the_waves_are_one_one_two_four_and_so_on() -> None:
 
 def test_classes_follow_exponent_and_length() -> None:
     predictor = Predictor([16, 4], np.zeros(20, np.int32))
-    classes = predictor.classes([np.array([3, 2], np.int32)])
+    classes = predictor.classes(np.array([[3, 2]], np.int32))
     # 2^3 / sqrt(16) = 2, an octave above a step: class 5 + 1. 2^2 / sqrt(4) = 2, too.
-    assert classes.tolist() == [6] * 20
+    assert classes.tolist() == [[6] * 20]
 
 
 def test_classes_follow_the_entry_and_its_neighbours_in_earlier_components() -> None:
     predictor = Predictor([8, 4], np.zeros(12, np.int32))
-    predictor.learn([np.array([0, 0, 0, 0, 0, 0, 0, -16, 0, 0, 0, 0], np.int32)])
-    classes = predictor.classes([np.array([2, 1], np.int32)])
+    predictor.learn(np.array([[0, 0, 0, 0, 0, 0, 0, -16, 0, 0, 0, 0]], np.int32))
+    classes = predictor.classes(np.array([[2, 1]], np.int32))
     # sigma = 2^2 / sqrt(8) = sqrt(2): log2 = 1/2, in sixteenths 8. Mean of the first side: 3 + 96 / 8 = 15.
     # Its last entry: 4 * 16 + 3 = 67 of 15, 16 log2 = 97 - 62 = 35 -> (5 * 16 + 8 + 8 + 35) / 16 = 8; its
     # neighbour: 16 + 3 = 19, 67 - 62 = 5 -> 6; others: 3, 25 - 62 = -37 -> 3. The second side has mean 3 and
     # no neighbour in the first one: 2^1 / sqrt(4) = 1, class 5.
-    assert classes.tolist() == [3] * 6 + [6, 8] + [5] * 4
+    assert classes.tolist() == [[3] * 6 + [6, 8] + [5] * 4]
 
 
 # The payload
@@ -602,14 +610,25 @@ def golden_entries(rank: int, width: int) -> Integers:
     return values.astype(np.int32).reshape(rank, width)
 
 
+def quantised(place: Place, exponents: tuple[int, ...], kind: int, entries: Integers) -> QuantisedMatrix:
+    """With the classes that a decoder finds."""
+    predictor = Predictor([place.rows, place.columns], prior_of(place, kind))
+    classes = []
+    for wave in waves(len(exponents)):
+        classes.append(predictor.classes(np.array([exponents[wave]], np.int32).T.repeat(2, axis=1)))
+        predictor.learn(entries[wave])
+    return QuantisedMatrix(exponents, kind, entries, np.concatenate(classes), 0.0)
+
+
 def golden_tensors() -> list[QuantisedTensor]:
     """No transform, one along rows with scalars, one of images; in float32, and (the last one) in float64."""
     few = QuantisedScalars(Scalars(np.array([0, 7, 11]), np.array([3, -1, 900], np.int32)), 7, 0.0)
+    matrix, _, kernel, large = places_of(GOLDEN_SCHEMA)
     return [
-        QuantisedTensor(QuantisedMatrix((5, 4, 4), 1, golden_entries(3, 16 + 24), 0.0), few),
+        QuantisedTensor(quantised(matrix, (5, 4, 4), 1, golden_entries(3, 16 + 24)), few),
         QuantisedTensor(None, few),
-        QuantisedTensor(QuantisedMatrix((3,), 0, golden_entries(1, 6 + 36), 0.0), None),
-        QuantisedTensor(QuantisedMatrix((18, 9, 3, 3, 0), 6, golden_entries(5, 40 + 30), 0.0), few),
+        QuantisedTensor(quantised(kernel, (3,), 0, golden_entries(1, 6 + 36)), None),
+        QuantisedTensor(quantised(large, (18, 9, 3, 3, 0), 6, golden_entries(5, 40 + 30)), few),
     ]
 
 

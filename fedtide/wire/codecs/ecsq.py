@@ -37,6 +37,9 @@ _LARGEST_PATTERN: Final = 0xFEFF
 _LARGEST_VALUE: Final = float(np.finfo(np.float32).max)
 _LARGEST_LEVEL: Final = 2**24 - 1
 """float32 holds every level exactly."""
+_LARGE_SHARE: Final = 512
+"""Of levels beyond int16, encoders make fewer than one in so many: with steps from 2^-10 of the rms on, the mean
+square of levels is below 1025^2, which 32,768^2 for one in 1021 exceeds."""
 _MAGNITUDE_BITS: Final = np.uint32(0x7FFF_FFFF)
 _INFINITY_BITS: Final = 0x7F80_0000
 _CHUNK: Final = 1 << 16
@@ -78,12 +81,14 @@ class Ecsq:
         if not _STEP_BYTES <= payload.nbytes <= self.max_bytes(schema):
             raise WrongLength(self.codec_id, payload.nbytes, self.max_bytes(schema))
         step = _step(payload)
-        reader = CoefficientReader(payload[_STEP_BYTES:], DEFAULTS, schema.size)
+        most_large = schema.size // _LARGE_SHARE + 1
+        reader = CoefficientReader(payload[_STEP_BYTES:], DEFAULTS, schema.size, most_large)
         if reader.peak > _largest_level(step):
             raise NotFinite(f"an ecsq level of {reader.peak:,} at a step of {step}: not a float32")
-        levels = join(reader, schema)
+        levels = np.empty(schema.size, np.float32)
+        join(reader, schema, levels)
         reader.finish()
-        return np.multiply(levels, step, out=check_out(out, schema.size), dtype=np.float32, casting="unsafe")
+        return np.multiply(levels, step, out=levels if out is None else check_out(out, schema.size))
 
 
 def _pattern(step: float) -> int:
@@ -135,7 +140,7 @@ def _rms(delta: Vector) -> float:
 def _encoded(delta: Vector, schema: Schema, pattern: int) -> bytes:
     head = pattern.to_bytes(_STEP_BYTES, "little")
     step = _step(memoryview(head))
-    levels = [_levels(delta[place], step) for _, place in schema.slices()]
+    levels = (_levels(delta[place], step) for _, place in schema.slices())
     return head + encode_classes(split(levels, schema), DEFAULTS)
 
 
@@ -143,7 +148,7 @@ def _levels(values: Vector, step: np.float32) -> Coefficients:
     rounding = np.float32(_rounding(values, step))
     largest = np.float32(_largest_level(step))
     peak = max(float(values.max(initial=0)), -float(values.min(initial=0)))
-    levels: Coefficients = np.empty(values.size, np.int8 if peak < 127 * float(step) else np.int32)
+    levels: Coefficients = np.empty(values.size, _type_for(peak / float(step)))
     work = np.empty(min(values.size, _CHUNK), np.float32)
     for place in _chunks(values.size):
         chunk = values[place]
@@ -156,6 +161,13 @@ def _levels(values: Vector, step: np.float32) -> Coefficients:
         np.copysign(magnitudes, chunk, out=magnitudes)
         levels[place] = magnitudes
     return levels
+
+
+def _type_for(level: float) -> type[np.signedinteger]:
+    """The smallest type for levels up to this, which is not rounded yet."""
+    if level < 127:
+        return np.int8
+    return np.int16 if level < 2**15 - 1 else np.int32
 
 
 def _rounding(values: Vector, step: np.float32) -> float:

@@ -84,7 +84,8 @@ def decode_grid(payload: bytes | memoryview, schema: Schema) -> tuple[Integers, 
             f"they must be up to {COARSEST_EXPONENT} and {_LARGEST_SHIFT}"
         )
     reader = CoefficientReader(header.end(), DEFAULTS, schema.size)
-    values = join(reader, schema)
+    values = np.empty(schema.size, np.int32)
+    join(reader, schema, values)
     reader.finish()
     for shift, (_, place) in zip(shifts[1:], schema.slices(), strict=True):
         _shift(values[place], shift)

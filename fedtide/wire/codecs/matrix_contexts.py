@@ -14,14 +14,14 @@ All machines must find the same classes: sums are of whole numbers, and what fol
 operations, which IEEE 754 rounds in one way.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from fedtide.wire.codecs.entropy.coefficients import CoefficientReader, Coefficients, Integers
+from fedtide.wire.codecs.entropy.coefficients import CoefficientReader, Coefficients
 from fedtide.wire.codecs.entropy.tokens import Family, TableChoice
 from fedtide.wire.parameters import Schema, TensorSpec
 
@@ -39,15 +39,20 @@ _CLIP: Final = 127
 _PARTS: Final = 8
 """Part of the columns in the first block of a wave."""
 
+_SMALLEST_BLOCK: Final = 1 << 12
+"""Coefficients up to which a block's size does not count."""
+
 Logarithms = npt.NDArray[np.int16]
 Counts = npt.NDArray[np.int64]
+Numbers = npt.NDArray[np.int32] | npt.NDArray[np.float32]
+"""float32 holds all integers up to 2^24."""
 
 
-def split(tensors: Sequence[Coefficients], schema: Schema) -> list[Coefficients]:
+def split(tensors: Iterable[Coefficients], schema: Schema) -> Iterator[Coefficients]:
     """The coefficients of every class, in the order in which :func:`join` takes them.
 
     Args:
-        tensors: the coefficients of each tensor, flat; −128 only in int32.
+        tensors: the coefficients of each tensor, flat; no integer of its type's least value.
         schema: their shapes.
     """
     pieces: list[list[Coefficients]] = [[] for _ in range(CLASSES)]
@@ -60,29 +65,32 @@ def split(tensors: Sequence[Coefficients], schema: Schema) -> list[Coefficients]
                 if count:
                     pieces[number].append(ordered[start : start + count])
                     start += count
-    classes = []
     for each in pieces:
-        classes.append(np.concatenate(each) if each else _NOTHING)
+        yield np.concatenate(each) if each else _NOTHING
         each.clear()  # so that everything is there twice for one class at a time only
-    return classes
 
 
-def join(reader: CoefficientReader, schema: Schema) -> Integers:
-    """The coefficients of all tensors, flat; the inverse of :func:`split`."""
-    coefficients = np.empty(schema.size, np.int32)
+def join(reader: CoefficientReader, schema: Schema, out: Numbers) -> None:
+    """The coefficients of all tensors, flat; the inverse of :func:`split`.
+
+    Args:
+        reader: of the classes.
+        schema: the tensors' shapes.
+        out: to be filled, shape ``(schema.size,)``; a type that holds all coefficients.
+    """
     for spec, place in schema.slices():
-        matrix = coefficients[place].reshape(_shape(spec))
+        matrix = out[place].reshape(_shape(spec))
         for block in _blocks(matrix):
-            values = np.zeros(block.order.size, np.int32)
+            ordered = np.empty(block.order.size, np.int32)
             start = 0
             for number, count in enumerate(block.counts.tolist()):
                 if count:
-                    positions, nonzeros = reader.take_nonzeros(number, count)
-                    values[block.order[start : start + count][positions]] = nonzeros
+                    reader.read(number, ordered[start : start + count])
                     start += count
+            values = np.empty(block.order.size, out.dtype)
+            values[block.order] = ordered
             target = matrix[block.rows, block.columns]
             target[...] = values.reshape(target.shape)
-    return coefficients
 
 
 _NOTHING: Final = np.empty(0, np.int32)
@@ -111,11 +119,13 @@ def _shape(spec: TensorSpec) -> tuple[int, int]:
     return (rows, spec.size // rows) if rows and spec.size else (1, spec.size)
 
 
-def _row_waves(rows: int) -> Iterator[slice]:
+def _row_waves(rows: int, columns: int) -> Iterator[slice]:
+    """Ever more rows, until a block, of up to half the columns, has a sixteenth of the matrix."""
+    most = max(rows // 8, 2 * _SMALLEST_BLOCK // max(1, columns), 1)
     start, stop = 0, 1
     while start < rows:
         yield slice(start, stop)
-        start, stop = stop, min(2 * stop, rows)
+        start, stop = stop, min(2 * stop, stop + most, rows)
 
 
 def _column_waves(columns: int) -> Iterator[slice]:
@@ -125,32 +135,35 @@ def _column_waves(columns: int) -> Iterator[slice]:
         start, stop = stop, min(2 * stop, columns)
 
 
-def _blocks(matrix: Coefficients) -> Iterator[_Block]:
+def _blocks(matrix: Coefficients | Numbers) -> Iterator[_Block]:
     """All blocks. Each one but the first of a wave depends on what stands in the matrix before it."""
     rows, columns = matrix.shape
     column_sums = np.zeros(columns, np.int64)
-    for wave in _row_waves(rows):
-        if not wave.start:
-            count = columns
-            counts = np.zeros(CLASSES, np.int64)
-            counts[UNKNOWN] = count
-            yield _Block(wave, slice(0, columns), np.arange(count), counts)
-        else:
+    for wave in _row_waves(rows, columns):
+        if wave.start:
             yield from _known_blocks(matrix, wave, column_sums)
-        column_sums += _loudness(matrix[wave]).sum(axis=0, dtype=np.int64)
+        else:
+            counts = np.zeros(CLASSES, np.int64)
+            counts[UNKNOWN] = columns
+            yield _Block(wave, slice(0, columns), np.arange(columns), counts)
+            column_sums += _loudness(matrix[wave])[0]
 
 
-def _known_blocks(matrix: Coefficients, wave: slice, column_sums: Counts) -> Iterator[_Block]:
-    """The blocks of a wave of rows with rows before it."""
+def _known_blocks(matrix: Coefficients | Numbers, wave: slice, column_sums: Counts) -> Iterator[_Block]:
+    """The blocks of a wave of rows with rows before it, which are added to the columns' sums."""
     average = float(column_sums.sum()) / (wave.start * column_sums.size) + _LEAST
     weight = wave.start + _DOUBT
     by_column = _logarithms((column_sums + _DOUBT * average) / weight)
     row_sums = np.zeros(wave.stop - wave.start, np.int64)
+    before = 0
     for columns in _column_waves(column_sums.size):
-        expected = (float(column_sums[: columns.start].sum()) + columns.start * _DOUBT * average) / weight
+        expected = (float(before) + columns.start * _DOUBT * average) / weight
+        before += int(column_sums[columns].sum())
         by_row = _logarithms((row_sums + 1) / (expected + 1))
         yield _block(wave, columns, by_row[:, np.newaxis] + by_column[columns])
-        row_sums += _loudness(matrix[wave, columns]).sum(axis=1, dtype=np.int64)
+        loudness = _loudness(matrix[wave, columns])
+        row_sums += loudness.sum(axis=1, dtype=np.int32)
+        column_sums[columns] += loudness.sum(axis=0, dtype=np.int32)
 
 
 def _block(rows: slice, columns: slice, logarithms: Logarithms) -> _Block:
@@ -163,9 +176,10 @@ def _block(rows: slice, columns: slice, logarithms: Logarithms) -> _Block:
     return _Block(rows, columns, order, np.bincount(numbers, minlength=CLASSES))
 
 
-def _loudness(coefficients: Coefficients) -> Coefficients:
+def _loudness(coefficients: Coefficients | Numbers) -> npt.NDArray[np.uint8]:
+    """Magnitudes, large ones cut."""
     magnitudes = np.abs(coefficients)
-    return np.minimum(magnitudes, _CLIP, out=magnitudes)
+    return np.minimum(magnitudes, _CLIP, out=magnitudes).astype(np.uint8)
 
 
 def _logarithms(magnitudes: npt.NDArray[np.float64]) -> Logarithms:

@@ -10,11 +10,14 @@ suits them. Both sides know the number of classes and a default table for each.
 The numbers 0, 1 and 2 take two bits, those in parentheses so many. Brackets hold what a class of less than
 eight nonzeros does not have: it is coded with the default table. A class ends with its last nonzero: the
 zeros after it are not written, the reader asks for as many as it needs. The first signs (a one for a negative
-coefficient) are the rANS lanes' seeds, the others follow the symbols. Raw bits come class by class, the gaps'
-before the excesses'.
+coefficient) are the rANS lanes' seeds, the others follow the symbols. Raw bits come token by token,
+the gap's before the excess's.
+
+Tokens are worked on in blocks, and what is kept of them is small, so that neither side needs much more memory
+than the coefficients have as float32.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -22,9 +25,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtide.wire.codecs.entropy import rans
-from fedtide.wire.codecs.entropy.bits import BitReader, BitWriter, field_bytes, pack_fields, unpack_fields
+from fedtide.wire.codecs.entropy.bits import BitReader, BitWriter, FieldReader, FieldWriter, field_bytes
 from fedtide.wire.codecs.entropy.table_choice import chosen_table, read_choice, write_choice
-from fedtide.wire.codecs.entropy.tokens import NUMBER_BITS, Buckets, TableChoice, TokenTable, token_table
+from fedtide.wire.codecs.entropy.tokens import NUMBER_BITS, TableChoice, TokenTable, token_table
 from fedtide.wire.errors import MalformedPayload
 
 LARGEST: Final = 1 << NUMBER_BITS
@@ -32,79 +35,182 @@ LARGEST: Final = 1 << NUMBER_BITS
 FEWEST_FOR_A_TABLE: Final = 8
 """Nonzeros of a class from which on it can have a table of its own."""
 
+_MANY: Final = 4
+"""Every fourth coefficient from which on nonzeros are many: then, 8 bytes each are more than 2 bytes for all."""
+_INT16: Final = 2**15 - 1
+_PARTS: Final = 64
+"""Blocks that many tokens are worked on in, so that what a block takes hardly counts."""
+_SMALLEST_BLOCK: Final = 1 << 11
+_LARGEST_BLOCK: Final = 1 << 15
+
 Integers = npt.NDArray[np.int32]
+Numbers = npt.NDArray[np.integer]
 Coefficients = npt.NDArray[np.signedinteger]
-"""int32, or int8 where all magnitudes are below 128: that takes a quarter of the memory."""
+"""int32, or less where all magnitudes fit: that takes less memory."""
 Fields = npt.NDArray[np.int64]
 
 
-def encode_classes(classes: Sequence[Coefficients], defaults: Sequence[TableChoice]) -> bytes:
+def encode_classes(
+    classes: Iterable[Coefficients], defaults: Sequence[TableChoice], header: BitWriter | None = None
+) -> bytes:
     """Encode the coefficients of all classes.
 
     Args:
-        classes: int8 or int32 of shape ``(n,)`` each, zeros included, in the order in which they are read.
+        classes: integers of shape ``(n,)`` each, zeros included, in the order in which they are read.
         defaults: a table for each; another one is written down where that takes fewer bytes.
+        header: what comes before, bit for bit; it is added to.
 
     Raises:
         ValueError: a magnitude above ``LARGEST``, or a class that is not shorter.
     """
-    header = BitWriter()
-    encoded = []
+    header, raw = BitWriter() if header is None else header, FieldWriter()
+    runs, symbols, negative = [], [_NO_SYMBOLS], [_NO_SYMBOLS.view(np.bool_)]
     for coefficients, default in zip(classes, defaults, strict=True):
-        tokens = _tokens_of(coefficients)
-        header.put_gamma(tokens.gaps.size)
-        if tokens.gaps.size:
-            choice = default
-            if tokens.gaps.size >= FEWEST_FOR_A_TABLE:
-                choice = chosen_table(tokens.gaps, tokens.excesses, default)
-                write_choice(header, choice, default)
-            encoded.append(_encoded(tokens, token_table(choice)))
-    return header.to_bytes() + _body(encoded)
+        blocks = list(_token_blocks(coefficients))
+        count = sum(block.gaps.size for block in blocks)
+        header.put_gamma(count)
+        if not count:
+            continue
+        choice = default
+        if count >= FEWEST_FOR_A_TABLE:
+            choice = chosen_table(
+                [block.gaps for block in blocks], [block.excesses for block in blocks], default
+            )
+            write_choice(header, choice, default)
+        table = token_table(choice)
+        runs.append(rans.Run(table.frequencies, count))
+        for block in blocks:
+            symbols.append(_put_raw_bits(raw, block, table))
+            negative.append(block.negative)
+    return header.to_bytes() + _coded(runs, np.concatenate(symbols), np.concatenate(negative), raw)
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Nonzero coefficients, shape ``(nonzeros,)`` each, in the smallest types that hold them."""
+
+    gaps: Numbers
+    excesses: Numbers
+    negative: rans.Bits
+
+
+def _token_blocks(coefficients: Coefficients) -> Iterator[_Tokens]:
+    if coefficients.size >= LARGEST:
+        raise ValueError(
+            f"a class of {coefficients.size:,} coefficients; it must have fewer than {LARGEST:,}"
+        )
+    size = _block_size(coefficients.size)
+    before = -1
+    for start in range(0, coefficients.size, size):
+        block = coefficients[start : start + size]
+        (positions,) = (block != 0).nonzero()  # twice as fast as of the coefficients themselves
+        if not positions.size:
+            continue
+        values = block[positions].astype(np.int32)
+        excesses = np.abs(values)  # of -2^31, it is negative
+        if int(excesses.max()) > LARGEST or int(excesses.min()) < 0:
+            raise ValueError(f"a coefficient of magnitude above {LARGEST:,}")
+        excesses -= 1
+        gaps = np.diff(positions, prepend=before - start)
+        gaps -= 1
+        before = start + int(positions[-1])
+        yield _Tokens(_compact(gaps), _compact(excesses), values < 0)
+
+
+def _compact(numbers: Numbers) -> Numbers:
+    """The same numbers in the smallest type."""
+    largest = int(numbers.max())
+    for kind in (np.uint8, np.uint16):
+        if largest <= np.iinfo(kind).max:
+            return numbers.astype(kind)
+    return numbers.astype(np.int32)
+
+
+def _put_raw_bits(raw: FieldWriter, tokens: _Tokens, table: TokenTable) -> rans.Symbols:
+    """Write what tells the numbers of each bucket apart, and return the symbols."""
+    symbols = table.gaps.of(tokens.gaps)
+    symbols *= np.uint8(table.excesses.widths.size)
+    symbols += table.excesses.of(tokens.excesses)
+    widths = table.widths[symbols].reshape(-1)
+    (places,) = widths.nonzero()
+    if places.size:
+        numbers = np.empty((symbols.size, 2), np.int32)
+        numbers[:, 0] = tokens.gaps
+        numbers[:, 1] = tokens.excesses
+        numbers -= table.first_numbers[symbols]
+        raw.put(numbers.reshape(-1)[places].astype(np.int64), widths[places])
+    return symbols
+
+
+def _coded(runs: Sequence[rans.Run], symbols: rans.Symbols, negative: rans.Bits, raw: FieldWriter) -> bytes:
+    if not runs:
+        return b""
+    seeds = rans.SEED_BITS * rans.lanes_for(symbols.size)
+    return b"".join((
+        rans.encode(symbols, runs, negative[:seeds]),
+        np.packbits(negative[seeds:], bitorder="little").tobytes(),
+        raw.to_bytes(),
+    ))  # fmt: skip
 
 
 class CoefficientReader:
     """Reads classes from a payload. Everything is decoded and checked at once; ``take`` only places it."""
 
-    def __init__(self, payload: memoryview, defaults: Sequence[TableChoice], max_coefficients: int) -> None:
+    def __init__(
+        self,
+        payload: memoryview | BitReader,
+        defaults: Sequence[TableChoice],
+        max_coefficients: int,
+        max_large: int | None = None,
+    ) -> None:
         """Decode all of the payload.
 
         Args:
-            payload: contiguous bytes, all of which must be used.
+            payload: contiguous bytes, all of which must be used; or where a header before is read to.
             defaults: as for encoding.
             max_coefficients: how many all classes together can have, zeros included.
+            max_large: how many of them can be beyond int16; None: all.
 
         Raises:
             MalformedPayload: anything is wrong with the payload.
         """
-        self._nonzeros = _decoded(payload, defaults, max_coefficients)
-        self._taken = [0] * len(defaults)
-        self._positions = [0] * len(defaults)
+        if max_large is None:
+            max_large = max_coefficients
+        self._nonzeros, ends = _decoded(payload, defaults, max_coefficients, max_large)
+        self._ends = ends.tolist()
+        self._next = [0, *self._ends][:-1]
 
     def take(self, class_index: int, count: int) -> Integers:
         """The next ``count`` coefficients of a class, new and writeable."""
-        positions, values = self.take_nonzeros(class_index, count)
-        coefficients = np.zeros(count, np.int32)
-        coefficients[positions] = values
+        coefficients = np.empty(count, np.int32)
+        self.read(class_index, coefficients)
         return coefficients
+
+    def read(self, class_index: int, out: Integers) -> None:
+        """Fill ``out``, int32 of shape ``(count,)``, with the next coefficients of a class."""
+        start, end = self._advance(class_index, out.size)
+        self._nonzeros.place(start, end, out)
 
     def take_nonzeros(self, class_index: int, count: int | None = None) -> tuple[Integers, Integers]:
         """Which of the next ``count`` coefficients of a class are not zero, ascending from 0, and these.
 
         Without a count: all that are left.
         """
-        nonzeros = self._nonzeros[class_index]
-        first, start = self._taken[class_index], self._positions[class_index]
-        if count is None:
-            count = LARGEST - start
-        last = first + int(nonzeros.positions[first:].searchsorted(np.int32(start + count)))
-        self._taken[class_index], self._positions[class_index] = last, start + count
-        return nonzeros.positions[first:last] - np.int32(start), nonzeros.values[first:last]
+        start, end = self._advance(class_index, count)
+        return self._nonzeros.between(start, end)
+
+    def _advance(self, class_index: int, count: int | None) -> tuple[int, int]:
+        """Where the next coefficients of a class begin and end among those of all classes."""
+        start, end = self._next[class_index], self._ends[class_index]
+        if count is not None and count < end - start:
+            end = start + count
+        self._next[class_index] = end
+        return start, end
 
     @property
     def peak(self) -> int:
         """The largest magnitude of any class."""
-        extremes = ((each.values.max(initial=0), each.values.min(initial=0)) for each in self._nonzeros)
-        return max((max(int(high), -int(low)) for high, low in extremes), default=0)
+        return self._nonzeros.peak
 
     def finish(self) -> None:
         """Return if all nonzero coefficients were taken.
@@ -112,130 +218,150 @@ class CoefficientReader:
         Raises:
             MalformedPayload: a class is longer than what was asked of it.
         """
-        for number, (nonzeros, taken) in enumerate(zip(self._nonzeros, self._taken, strict=True)):
-            if taken < nonzeros.values.size:
+        for number, (taken, end) in enumerate(zip(self._next, self._ends, strict=True)):
+            if taken < end:
+                first = self._ends[number - 1] if number else 0
                 raise MalformedPayload(
-                    f"class {number} has {nonzeros.values.size:,} nonzeros; {taken:,} of them have a place"
+                    f"class {number} has {end - first:,} coefficients; {taken - first:,} of them have a place"
                 )
 
 
-@dataclass(frozen=True)
-class _Tokens:
-    """A class's nonzero coefficients, shape ``(nonzeros,)`` each."""
-
-    gaps: Integers
-    excesses: Integers
-    negative: rans.Bits
+def _block_size(size: int) -> int:
+    """Coefficients, or tokens, of so many that are worked on at once."""
+    return min(max(size // _PARTS, _SMALLEST_BLOCK), _LARGEST_BLOCK)
 
 
-@dataclass(frozen=True)
-class _Encoded:
-    """A class in the parts of the payload."""
-
-    run: rans.Run
-    symbols: rans.Symbols
-    negative: rans.Bits
-    raw: Fields
-    widths: Fields
-
-
-@dataclass(frozen=True)
 class _Nonzeros:
-    """Where a class's nonzero coefficients stand, ascending, and what they are."""
+    """The nonzero coefficients of all classes, one class behind the other, by their places there.
 
-    positions: Integers
-    values: Integers
+    Few are kept as places and values. Many are kept with the zeros as int16, those beyond by themselves.
+
+    Attributes:
+        peak: the largest magnitude.
+    """
+
+    def __init__(self, count: int, max_coefficients: int) -> None:
+        self.peak = 0
+        self._filled = 0
+        self._dense = np.zeros(max_coefficients if _MANY * count > max_coefficients else 0, np.int16)
+        count = 0 if self._dense.size else count
+        self._positions = np.empty(count, np.int32)
+        self._values = np.empty(count, np.int32)
+        self._large = 0
+
+    def add(self, positions: Fields, values: Integers, max_large: int) -> None:
+        """Take further nonzeros, with places beyond those before them.
+
+        Raises:
+            MalformedPayload: more than ``max_large`` of all values are beyond int16.
+        """
+        self.peak = max(self.peak, int(values.max()), -int(values.min()))
+        if not self._dense.size:
+            place = slice(self._filled, self._filled + values.size)
+            self._positions[place], self._values[place] = positions, values
+            self._filled += values.size
+            return
+        self._dense[positions] = values  # what does not fit is never used
+        if self.peak > _INT16:
+            (large,) = (np.abs(values) > _INT16).nonzero()
+            self._large += large.size
+            if self._large > max_large:
+                raise MalformedPayload(f"more than {max_large:,} coefficients are beyond ±{_INT16:,}")
+            self._positions = np.concatenate([self._positions, positions[large]], dtype=np.int32)
+            self._values = np.concatenate([self._values, values[large]])
+
+    def place(self, start: int, end: int, out: Integers) -> None:
+        """Write the coefficients from ``start`` to ``end``, and zeros behind them."""
+        if self._dense.size:
+            out[: end - start] = self._dense[start:end]
+            out[end - start :] = 0
+        else:
+            out.fill(0)
+        if self._positions.size:
+            positions, values = self._listed(start, end)
+            out[positions] = values
+
+    def between(self, start: int, end: int) -> tuple[Integers, Integers]:
+        """Places from ``start`` on, and values, of the nonzero coefficients up to ``end``."""
+        if not self._dense.size:
+            return self._listed(start, end)
+        coefficients = np.empty(end - start, np.int32)
+        self.place(start, end, coefficients)
+        positions = coefficients.nonzero()[0].astype(np.int32)
+        return positions, coefficients[positions]
+
+    def _listed(self, start: int, end: int) -> tuple[Integers, Integers]:
+        first, last = self._positions.searchsorted(np.array([start, end], np.int32))
+        return self._positions[first:last] - np.int32(start), self._values[first:last]
 
 
-def _tokens_of(coefficients: Coefficients) -> _Tokens:
-    if coefficients.size >= LARGEST:
-        raise ValueError(
-            f"a class of {coefficients.size:,} coefficients; it must have fewer than {LARGEST:,}"
-        )
-    (positions,) = (coefficients != 0).nonzero()  # twice as fast as of the coefficients themselves
-    values = coefficients[positions].astype(np.int32)
-    excesses = np.abs(values)  # of -2^31, it is negative
-    if values.size and (int(excesses.max()) > LARGEST or int(excesses.min()) < 0):
-        raise ValueError(f"a coefficient of magnitude above {LARGEST:,}")
-    excesses -= 1
-    gaps = np.empty(positions.size, np.int32)
-    gaps[:1] = positions[:1]
-    np.subtract(positions[1:], positions[:-1], out=gaps[1:], casting="same_kind")
-    gaps[1:] -= 1
-    return _Tokens(gaps, excesses, values < 0)
-
-
-def _encoded(tokens: _Tokens, table: TokenTable) -> _Encoded:
-    gap_buckets, excess_buckets = table.gaps.of(tokens.gaps), table.excesses.of(tokens.excesses)
-    gap_raw, gap_widths = _raw_bits(tokens.gaps, gap_buckets, table.gaps)
-    excess_raw, excess_widths = _raw_bits(tokens.excesses, excess_buckets, table.excesses)
-    return _Encoded(
-        rans.Run(table.frequencies, gap_buckets.size),
-        gap_buckets * np.uint8(table.excesses.widths.size) + excess_buckets,
-        tokens.negative,
-        np.concatenate([gap_raw, excess_raw]),
-        np.concatenate([gap_widths, excess_widths]),
-    )
-
-
-def _raw_bits(numbers: Integers, buckets: rans.Symbols, among: Buckets) -> tuple[Fields, Fields]:
-    """What tells the numbers of each bucket apart, and its widths, where there is any."""
-    widths = among.widths
-    (places,) = (widths > 0)[buckets].nonzero()
-    used = buckets[places]
-    return numbers[places] - among.first_numbers[used], widths[used]
-
-
-def _body(encoded: Sequence[_Encoded]) -> bytes:
-    if not encoded:
-        return b""
-    symbols = np.concatenate([each.symbols for each in encoded])
-    negative = np.concatenate([each.negative for each in encoded])
-    seeds = rans.SEED_BITS * rans.lanes_for(symbols.size)
-    return b"".join((
-        rans.encode(symbols, [each.run for each in encoded], negative[:seeds]),
-        np.packbits(negative[seeds:], bitorder="little").tobytes(),
-        pack_fields(
-            np.concatenate([each.raw for each in encoded]), np.concatenate([each.widths for each in encoded])
-        ),
-    ))  # fmt: skip
-
-
-def _decoded(payload: memoryview, defaults: Sequence[TableChoice], max_coefficients: int) -> list[_Nonzeros]:
-    header = BitReader(payload)
-    tables, counts, left = [], [], max_coefficients
+def _decoded(
+    payload: memoryview | BitReader, defaults: Sequence[TableChoice], max_coefficients: int, max_large: int
+) -> tuple[_Nonzeros, Fields]:
+    """All nonzeros, and where each class ends among their places."""
+    header = payload if isinstance(payload, BitReader) else BitReader(payload)
+    counts, choices, left = [], [], max_coefficients
     for default in defaults:
-        counts.append(header.get_gamma(left))
-        left -= counts[-1]
-        choice = read_choice(header, default) if counts[-1] >= FEWEST_FOR_A_TABLE else default
-        tables.append(token_table(choice) if counts[-1] else None)
+        count = header.get_gamma(left)
+        left -= count
+        counts.append(count)
+        if count:
+            choices.append(read_choice(header, default) if count >= FEWEST_FOR_A_TABLE else default)
     body = header.end()
-    runs = [rans.Run(table.frequencies, count) for table, count in zip(tables, counts, strict=True) if table]
+    total = sum(counts)
+    if body.nbytes < field_bytes(max(0, total - rans.SEED_BITS * rans.lanes_for(total))):
+        raise MalformedPayload(f"{total:,} nonzeros in {body.nbytes:,} bytes: their signs alone take more")
+    tables = [token_table(choice) for choice in choices]
+    counted = [count for count in counts if count]
+    runs = [rans.Run(table.frequencies, count) for table, count in zip(tables, counted, strict=True)]
     symbols, seeds, used = rans.decode(body, runs)
-    negative, rest = _signs(body[used:], seeds, symbols.size)
-    ends = np.cumsum(counts).tolist()
-    coded = [
-        _Coded(symbols[end - count : end], table) if table else None
-        for end, count, table in zip(ends, counts, tables, strict=True)
-    ]
-    raw = unpack_fields(rest, np.concatenate([_NO_WIDTHS, *(each.widths for each in coded if each)]))
-    decoded, left = [], max_coefficients
-    for end, count, each in zip(ends, counts, coded, strict=True):
-        if each is None:
-            decoded.append(_NO_NONZEROS)
-            continue
-        gaps, magnitudes = each.numbers(raw[: each.widths.size])
-        raw = raw[each.widths.size :]
-        left -= int(gaps.sum(dtype=np.int64)) + count
-        if left < 0:
+    negative, rest = _signs(body[used:], seeds, total)
+    raw = FieldReader(rest)
+    nonzeros = _Nonzeros(total, max_coefficients)
+    class_ends = np.zeros(len(counts), np.int64)
+    lasts = np.cumsum(counts)
+    finder = _TokenFinder(tables, counted)
+    size, end = _block_size(max_coefficients), 0
+    for first in range(0, total, size):
+        last = min(first + size, total)
+        numbers = finder.numbers(symbols[first:last], first, raw)
+        positions = np.cumsum(numbers[:, 0], dtype=np.int64)
+        positions += np.arange(end, end + last - first)
+        end = int(positions[-1]) + 1
+        if end > max_coefficients:
             raise MalformedPayload(f"more coefficients than the {max_coefficients:,} that there are")
-        magnitudes += 1
-        magnitudes *= 1 - 2 * negative[end - count : end].view(np.int8)
-        gaps += 1
-        positions = np.cumsum(gaps, dtype=np.int32, out=gaps)
-        positions -= 1
-        decoded.append(_Nonzeros(positions, magnitudes))
-    return decoded
+        values = numbers[:, 1] + np.int32(1)
+        values *= 1 - 2 * negative[first:last].view(np.int8)
+        nonzeros.add(positions, values, max_large)
+        inside = (lasts > first) & (lasts <= last)
+        class_ends[inside] = positions[lasts[inside] - first - 1] + 1
+    raw.finish()
+    return nonzeros, np.maximum.accumulate(class_ends)
+
+
+class _TokenFinder:
+    """Gaps and excesses of symbols of all classes."""
+
+    def __init__(self, tables: Sequence[TokenTable], counts: Sequence[int]) -> None:
+        self._sizes = [0, *(table.widths.shape[0] for table in tables)]
+        self._starts = np.cumsum(self._sizes[:-1])
+        self._ends = np.cumsum(counts)
+        self._widths = np.concatenate([_NO_WIDTHS, *(table.widths for table in tables)])
+        self._first_numbers = np.concatenate([_NO_NUMBERS, *(table.first_numbers for table in tables)])
+
+    def numbers(self, symbols: rans.Symbols, first: int, raw: FieldReader) -> Integers:
+        """Gap and excess of each, shape ``(n, 2)``; ``first`` tokens come before them."""
+        low, high = self._ends.searchsorted([first, first + symbols.size - 1], side="right")
+        ends = np.minimum(self._ends[low : high + 1], first + symbols.size)
+        entries = np.repeat(self._starts[low : high + 1], np.diff(ends, prepend=first))
+        entries += symbols
+        numbers = self._first_numbers[entries]
+        widths = self._widths[entries].reshape(-1)
+        (places,) = widths.nonzero()
+        if places.size:
+            flat = numbers.reshape(-1)
+            flat[places] += raw.get(widths[places]).astype(np.int32)
+        return numbers
 
 
 def _signs(payload: memoryview, seeds: rans.Bits, count: int) -> tuple[rans.Bits, memoryview]:
@@ -250,30 +376,6 @@ def _signs(payload: memoryview, seeds: rans.Bits, count: int) -> tuple[rans.Bits
     return negative[:count], payload[byte_count:]
 
 
-_NO_WIDTHS: Final = np.empty(0, np.uint8)
-_NO_NONZEROS: Final = _Nonzeros(np.empty(0, np.int32), np.empty(0, np.int32))
-
-
-class _Coded:
-    """A class's symbols, and where their raw bits belong."""
-
-    def __init__(self, symbols: rans.Symbols, table: TokenTable) -> None:
-        columns = np.uint8(table.excesses.widths.size)
-        self._kinds = []
-        for buckets, among in ((symbols // columns, table.gaps), (symbols % columns, table.excesses)):
-            (places,) = (among.widths > 0)[buckets].nonzero()
-            self._kinds.append((buckets, among, places))
-        self.widths = np.concatenate(
-            [among.widths.astype(np.uint8)[buckets[places]] for buckets, among, places in self._kinds]
-        )
-
-    def numbers(self, raw: Fields) -> tuple[Integers, Integers]:
-        """Gaps and excesses, new."""
-        found = []
-        for buckets, among, places in self._kinds:
-            numbers = among.first_numbers[buckets]
-            numbers[places] += raw[: places.size].astype(np.int32)
-            raw = raw[places.size :]
-            found.append(numbers)
-        gaps, excesses = found
-        return gaps, excesses
+_NO_SYMBOLS: Final = np.empty(0, np.uint8)
+_NO_WIDTHS: Final = np.empty((0, 2), np.uint8)
+_NO_NUMBERS: Final = np.empty((0, 2), np.int32)

@@ -50,8 +50,10 @@ _LONGEST_SHORT: Final = 6400
 """Symbols up to which lanes are so short. Beyond, their number and their lengths both grow with the root."""
 _MOST_LANES: Final = 640
 """More make a step longer, but hardly faster for each symbol."""
-_BLOCK: Final = 1 << 15
-"""Symbols whose table entries are looked up at once."""
+_SMALLEST_BLOCK: Final = 1 << 12
+_LARGEST_BLOCK: Final = 1 << 15
+_PARTS: Final = 16
+"""Blocks of symbols whose table entries are looked up at once: so many that their memory hardly counts."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,8 @@ def decode(payload: memoryview, runs: Sequence[Run]) -> tuple[Symbols, Bits, int
 
 def _blocks(size: int, lanes: int) -> Iterator[tuple[int, int]]:
     """First and last of consecutive symbols that are worked on at once: whole rows of lanes, but the last."""
-    step = max(1, _BLOCK // max(1, lanes)) * lanes
+    block = min(max(size // _PARTS, _SMALLEST_BLOCK), _LARGEST_BLOCK)
+    step = max(1, block // max(1, lanes)) * lanes
     for first in range(0, size, max(1, step)):
         yield first, min(first + step, size)
 
@@ -296,4 +299,5 @@ class _Decoder:
                 states[low] = refilled
                 used += refilled.size
         self.words_used += used
-        symbols[...] = entries >> 16 & 0xFF
+        entries >>= 16
+        np.bitwise_and(entries, 0xFF, out=symbols, casting="unsafe")

@@ -1,5 +1,6 @@
 """Which table suits a class, and how a header names it; see :mod:`coefficients` for the format."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
@@ -25,7 +26,7 @@ from fedtide.wire.codecs.entropy.tokens import (
 )
 from fedtide.wire.errors import MalformedPayload
 
-Integers = npt.NDArray[np.int32]
+Numbers = npt.NDArray[np.integer]
 Counts = npt.NDArray[np.float64]
 
 _NEVER: Final = LENGTHS - 1
@@ -53,14 +54,21 @@ class _Candidate:
 class _Histogram:
     """How often each number occurs: all that choosing a table needs to know of a class."""
 
-    def __init__(self, numbers: Integers) -> None:
-        self._counts = np.bincount(np.minimum(numbers, _CAP)).astype(np.float64)
-        self._above = np.empty(0, np.int32)
-        if self._counts.size > _CAP:
-            self._counts = self._counts[:_CAP]
-            self._above = numbers[numbers >= _CAP]
-        self.total = numbers.size
-        self.mean = float(numbers.sum(dtype=np.int64)) / numbers.size
+    def __init__(self, blocks: Sequence[Numbers]) -> None:
+        counts, above = np.zeros(_CAP + 1, np.int64), [np.empty(0, np.int32)]
+        self.total, sum_of_all = 0, 0
+        for numbers in blocks:
+            self.total += numbers.size
+            sum_of_all += int(numbers.sum(dtype=np.int64))
+            if numbers.dtype != np.uint8 and int(numbers.max()) >= _CAP:
+                above.append(numbers[numbers >= _CAP].astype(np.int32))
+                numbers = np.minimum(numbers, _CAP)
+            of_block = np.bincount(numbers)
+            counts[: of_block.size] += of_block
+        self._above = np.concatenate(above)
+        largest = int(counts[:_CAP].nonzero()[0][-1]) if self._above.size < self.total else 0
+        self._counts = counts[: largest + 1].astype(np.float64)
+        self.mean = sum_of_all / self.total
 
     def bits(self, kind: NumberKind, marginal: Marginal, *, dense: bool) -> float:
         """What all numbers take with a marginal."""
@@ -97,12 +105,14 @@ def _lengths(kind: NumberKind, marginal: Marginal, *, dense: bool) -> _Lengths:
     return _Lengths(buckets, by_bucket, by_bucket[buckets.of(np.arange(_CAP, dtype=np.int32))])
 
 
-def chosen_table(gaps: Integers, excesses: Integers, default: TableChoice) -> TableChoice:
+def chosen_table(
+    gaps: Sequence[Numbers], excesses: Sequence[Numbers], default: TableChoice
+) -> TableChoice:
     """The choice that takes the fewest bits for these tokens, its own in the header included.
 
     Args:
-        gaps: zeros before each token.
-        excesses: its magnitude − 1.
+        gaps: zeros before each token, in blocks of at least one.
+        excesses: its magnitude − 1, likewise.
         default: of the family; needs no bits.
     """
     gap_counts, excess_counts = _Histogram(gaps), _Histogram(excesses)

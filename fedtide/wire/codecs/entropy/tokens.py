@@ -100,8 +100,8 @@ class Buckets:
     widths: Integers
     by_unit: npt.NDArray[np.uint8]
 
-    def of(self, numbers: npt.NDArray[np.int32]) -> npt.NDArray[np.uint8]:
-        """Each number's bucket."""
+    def of(self, numbers: npt.NDArray[np.integer]) -> npt.NDArray[np.uint8]:
+        """Each number's bucket, new."""
         units = numbers >> self.shift if self.shift else numbers
         buckets: npt.NDArray[np.uint8] = self.by_unit.take(units, mode="clip")
         return buckets
@@ -188,11 +188,15 @@ class TokenTable:
         gaps: buckets of the zeros before a coefficient.
         excesses: buckets of its magnitude − 1.
         frequencies: of the symbols.
+        first_numbers: of each symbol's two buckets, int32, shape ``(symbols, 2)``.
+        widths: of their raw bits, uint8, same shape.
     """
 
     gaps: Buckets
     excesses: Buckets
     frequencies: Table
+    first_numbers: npt.NDArray[np.int32]
+    widths: npt.NDArray[np.uint8]
 
 
 _FIRST_SPARSE: Final = 6
@@ -250,10 +254,18 @@ def _kept_table(choice: TableChoice) -> TokenTable:
 def _built_table(choice: TableChoice) -> TokenTable:
     gaps = GAPS.weights(choice.gap, dense=choice.dense)
     excesses = EXCESSES.weights(choice.excess, dense=choice.dense)
+    gap_buckets = GAPS.buckets(choice.gap, dense=choice.dense)
+    excess_buckets = EXCESSES.buckets(choice.excess, dense=choice.dense)
+    shape = (gaps.size, excesses.size, 2)
+    first_numbers, widths = np.empty(shape, np.int32), np.empty(shape, np.uint8)
+    first_numbers[..., 0], first_numbers[..., 1] = gap_buckets.first_numbers[:, None], excess_buckets.first_numbers
+    widths[..., 0], widths[..., 1] = gap_buckets.widths[:, None], excess_buckets.widths
     return TokenTable(
-        GAPS.buckets(choice.gap, dense=choice.dense),
-        EXCESSES.buckets(choice.excess, dense=choice.dense),
+        gap_buckets,
+        excess_buckets,
         table_of(_frequencies(np.outer(gaps, excesses).reshape(-1))),
+        first_numbers.reshape(-1, 2),
+        widths.reshape(-1, 2),
     )
 
 

@@ -28,8 +28,7 @@ UNIT_CLASS: Final = 5
 """The class of σ = 1 step."""
 
 _WAVES: Final = (0, 1, 2, 4, 8, 16, 32, 64)
-_OCTAVE_BITS: Final = 4
-_OCTAVE: Final = 1 << _OCTAVE_BITS
+_OCTAVE: Final = 16
 _OWN_WEIGHT: Final = 4
 """Of an entry's own history; each of its two neighbours counts 1."""
 _WEIGHTS: Final = _OWN_WEIGHT + 2
@@ -38,19 +37,21 @@ _DOUBT: Final = 3
 _TABLE_BITS: Final = 12
 
 
-def _log2_table() -> npt.NDArray[np.int32]:
+def _log2_table() -> list[int]:
     """floor(16 log2(n)) of the numbers below 2^12, by whole numbers: 2^k ≤ n^16."""
-    table = [0, *((number**_OCTAVE).bit_length() - 1 for number in range(1, 1 << _TABLE_BITS))]
-    return np.array(table, np.int32)
+    return [0, *((number**_OCTAVE).bit_length() - 1 for number in range(1, 1 << _TABLE_BITS))]
 
 
-_LOG2: Final = _log2_table()
+_LOG2_LIST: Final = _log2_table()
+_LOG2: Final = np.array(_LOG2_LIST, np.int32)
+_CLASS_OF: Final = np.arange(CLASSES, dtype=np.uint8).repeat(_OCTAVE)
+"""The class of each log2 σ; below and above, the first and the last one."""
 
 
 def log2_sixteenths(number: int) -> int:
     """About 16 log2 of a whole number from 1; of large ones, the highest 12 bits count."""
     shift = max(0, number.bit_length() - _TABLE_BITS)
-    return int(_LOG2[number >> shift]) + _OCTAVE * shift
+    return _LOG2_LIST[number >> shift] + _OCTAVE * shift
 
 
 def waves(rank: int) -> Iterator[slice]:
@@ -78,34 +79,32 @@ class Predictor:
             prior: what to add to log2 σ of each entry without a history, in sixteenths, for all sides.
         """
         self._lengths = np.array(lengths)
+        self._length_list = list(lengths)
         self._lasts = np.cumsum(self._lengths) - 1
         self.starts = self._lasts - self._lengths + 1
-        self._log_lengths = np.array([log2_sixteenths(length) for length in lengths], np.int32)
-        self._logs = UNIT_CLASS * _OCTAVE + _OCTAVE // 2 - self._log_lengths // 2
+        self._log_lengths = [log2_sixteenths(length) for length in lengths]
+        self._logs = np.array(
+            [UNIT_CLASS * _OCTAVE + _OCTAVE // 2 - each // 2 for each in self._log_lengths], np.int32
+        )
         self._correction = prior
         self._history = np.zeros(prior.size, np.int32)
 
-    def classes(self, wave: Sequence[Integers]) -> Classes:
-        """The class of each entry, component by component, in each of these side by side.
+    def classes(self, exponents: Integers) -> Classes:
+        """The class of each entry of a wave's components, shape ``(components, entries)``.
 
         Args:
-            wave: for each component, its exponent on each side that has it.
+            exponents: shape ``(components, sides)``; of the first sides, as many as have the first component.
         """
-        parts = []
-        for exponents in wave:
-            sides = exponents.size
-            logs = np.repeat(self._logs[:sides] + _OCTAVE * exponents, self._lengths[:sides])
-            logs += self._correction[: logs.size]
-            parts.append(logs)
-        joined = np.concatenate(parts)
-        joined >>= _OCTAVE_BITS
-        return np.clip(joined, 0, CLASSES - 1, out=joined).astype(np.uint8)
+        sides = exponents.shape[1]
+        logs = (self._logs[:sides] + _OCTAVE * exponents).repeat(self._lengths[:sides], axis=1)
+        logs += self._correction[: logs.shape[1]]
+        classes: Classes = _CLASS_OF.take(logs, mode="clip")
+        return classes
 
-    def learn(self, components: Sequence[Integers]) -> None:
-        """Take a wave's entries into the history: for each component, those of the sides that have it."""
+    def learn(self, components: Integers) -> None:
+        """Take a wave's entries into the history: shape as of ``classes``, zeros where there is no component."""
         history = self._history
-        for entries in components:
-            history[: entries.size] += np.abs(entries)
+        history[: components.shape[1]] += np.add.reduce(np.abs(components), axis=0, dtype=np.int32)
         smoothed = history * np.int32(_OWN_WEIGHT)
         smoothed[1:] += history[:-1]
         smoothed[:-1] += history[1:]
@@ -116,11 +115,11 @@ class Predictor:
         smoothed += np.int32(_DOUBT)
         totals = np.add.reduceat(history, self.starts, dtype=np.int64).tolist()
         means = [
-            log2_sixteenths(_DOUBT * length + _WEIGHTS * total)
-            for length, total in zip(self._lengths.tolist(), totals, strict=True)
+            log2_sixteenths(_DOUBT * length + _WEIGHTS * total) - log_length
+            for length, log_length, total in zip(self._length_list, self._log_lengths, totals, strict=True)
         ]
         self._correction = _LOG2.take(smoothed, mode="clip")
-        self._correction -= np.repeat(np.array(means, np.int32) - self._log_lengths, self._lengths)
+        self._correction -= np.array(means, np.int32).repeat(self._lengths)
 
 
 _FIRST_SPARSE: Final = 6

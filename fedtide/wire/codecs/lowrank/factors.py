@@ -47,35 +47,35 @@ def decompose(matrix: Floats, components: int) -> Decomposition:
     rows, columns = matrix.shape
     if min(rows, columns) > max(_NARROW, components + _SPARE):
         return _within(matrix, _leading_directions(matrix, components + _SPARE), components)
-    if rows <= columns:
+    if columns <= rows:
         return _within(matrix, None, components)
     turned = _within(matrix.T, None, components)
     return Decomposition(turned.right, turned.values, turned.left, turned.complete)
 
 
 def _within(matrix: Floats, basis: Floats | None, components: int) -> Decomposition:
-    """The leading components of what of a matrix lies in the span of an orthonormal basis.
+    """The leading components of a matrix times the projection onto the span of an orthonormal basis.
 
     Args:
         matrix: float32, shape ``(rows, columns)``.
-        basis: shape ``(rows, directions)``, or None: all of the space.
+        basis: shape ``(columns, directions)``, or None: all of the space.
         components: how many.
     """
-    projected = matrix if basis is None else basis.T @ matrix
-    squares, directions = np.linalg.eigh((projected @ projected.T).astype(np.float64))
+    projected = matrix if basis is None else matrix @ basis
+    squares, directions = np.linalg.eigh((projected.T @ projected).astype(np.float64))
     nonzero = int((squares > _NOISE * squares.max(initial=0)).sum())
     used = slice(-1, -1 - min(nonzero, components), -1)
     squares, directions = squares[used], directions[:, used].astype(np.float32)
     values = np.sqrt(squares)
-    right = (directions.T @ projected) * (1 / values).astype(np.float32)[:, None]
-    left = directions.T if basis is None else directions.T @ basis.T
+    left = (directions * (1 / values).astype(np.float32)).T @ projected.T
+    right = directions.T if basis is None else directions.T @ basis.T
     return Decomposition(left, values, right, basis is None and nonzero <= components)
 
 
 def _leading_directions(matrix: Floats, count: int) -> Floats:
+    """About the span of the leading right singular vectors, shape ``(columns, count)``."""
     directions = _orthonormal(matrix @ _signs(matrix.shape[1], count))
-    directions = _orthonormal((directions.T @ matrix).T)  # faster than matrix.T @ directions
-    return _orthonormal(matrix @ directions)
+    return _orthonormal((directions.T @ matrix).T)  # faster than matrix.T @ directions
 
 
 def _orthonormal(vectors: Floats) -> Floats:

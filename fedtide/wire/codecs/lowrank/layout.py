@@ -11,6 +11,7 @@ of two zero bytes is the delta of zeros.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import isqrt, prod
 from typing import Final
 
@@ -95,6 +96,7 @@ NOTHING: Final = TensorLayout()
 """Of a tensor of zeros."""
 
 
+@lru_cache(maxsize=16)
 def places_of(schema: Schema) -> tuple[Place, ...]:
     """Every tensor's place, in the schema's order."""
     places: list[Place] = []

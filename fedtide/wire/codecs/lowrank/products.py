@@ -24,6 +24,10 @@ ALONG: Final = 1
 
 _FLOAT32_BITS: Final = 24
 _FLOAT64_BITS: Final = 53
+_STEP_BITS: Final = 8
+"""Of a bfloat16 number."""
+_SMALLEST_FOLDED: Final = 2.0**-64
+"""Of a step with which factors are multiplied before they are: no product comes near subnormal numbers."""
 _BLOCK: Final = 1 << 16
 """Elements that are computed in float64 at once."""
 _CONSTANT_GAIN: Final = np.array([16, -8, -8, -8], np.int32)
@@ -132,6 +136,7 @@ class Product:
         right: float32, the b_k, shape ``(rank, columns)``.
         scalars: those that are not zero, or None.
         bound: of every magnitude and every partial sum of magnitudes.
+        fraction_bits: of all of them.
         exact_in_float32: whether float32 holds all partial sums.
     """
 
@@ -139,6 +144,7 @@ class Product:
     right: Floats
     scalars: Scalars | None
     bound: float
+    fraction_bits: int
     exact_in_float32: bool
 
     def write(self, step: np.float32, out: Floats) -> None:
@@ -157,16 +163,25 @@ class Product:
         return self.bound * float(step) <= LARGEST_VALUE
 
     def _write_float32(self, step: np.float32, out: Floats) -> None:
-        if len(self.left):
-            np.matmul(self.left.T, self.right, out=out.reshape(self.left.shape[1], -1))
+        left, scalars, after = self.left, self.scalars, step
+        if self._is_exact_times(step):
+            left, after = left * step, np.float32(1)
+        if len(left):
+            np.matmul(left.T, self.right, out=out.reshape(left.shape[1], -1))
         else:
             out.fill(0)
-        if self.scalars is not None:
-            out[self.scalars.places] += self.scalars.values.astype(np.float32)
-        if len(self.left):
-            out *= step
-        elif self.scalars is not None:
-            out[self.scalars.places] *= step
+        if scalars is not None:
+            out[scalars.places] += scalars.values.astype(np.float32) * (step / after)
+        if after != 1 and len(left):
+            out *= after
+        elif after != 1 and scalars is not None:
+            out[scalars.places] *= after
+
+    def _is_exact_times(self, step: np.float32) -> bool:
+        """Whether float32 holds all partial sums times the step, too: then no rounding is left to be done."""
+        significant = float(np.frexp(step)[0]) * 2**_STEP_BITS
+        largest = self.bound * 2.0 ** (self.fraction_bits + _STEP_BITS)
+        return significant.is_integer() and step >= _SMALLEST_FOLDED and largest < 2.0**_FLOAT32_BITS
 
     def _write_float64(self, step: np.float32, out: Floats) -> None:
         columns = self.right.shape[1]
@@ -206,4 +221,6 @@ def product_of(
     fraction_bits = max(exponents, default=0) + min(kind, 2)
     if bound >= 2.0 ** (_FLOAT64_BITS - fraction_bits):
         raise MalformedPayload(f"products up to {bound:g} with {fraction_bits} fraction bits are too large")
-    return Product(lefts, rights, scalars, bound, bound < 2.0 ** (_FLOAT32_BITS - fraction_bits))
+    return Product(
+        lefts, rights, scalars, bound, fraction_bits, bound < 2.0 ** (_FLOAT32_BITS - fraction_bits)
+    )

@@ -33,8 +33,10 @@ _PRICE: Final = 0.12
 _COMPONENT_BITS: Final = 4
 _SCALARS_BITS: Final = 16
 """What a component, or a tensor's scalars, add to the headers."""
-_SMALLEST_VALUE: Final = 0.5
-"""Of a singular value that is worth a look, in steps."""
+_SMALLEST_VALUE: Final = 1.5
+"""Of a singular value that is worth a look, in steps: its square, the error it saves, pays for 19 bits."""
+_SMOOTH: Final = 0.2
+"""Correlation of neighbours from which on a transform is worth a look."""
 _LEAST: Final = 0.6
 """Magnitudes below never become 1."""
 _RARE_BITS: Final = 2.5
@@ -66,12 +68,14 @@ class QuantisedMatrix:
         exponents: of the components.
         kind: of the transform.
         entries: the a_k and, behind each, the transformed b_k: int32, shape ``(rank, rows + columns)``.
+        classes: of the entries, same shape.
         profit: error² saved, less the price of the bits.
     """
 
     exponents: tuple[int, ...]
     kind: int
     entries: Integers
+    classes: Classes
     profit: float
 
 
@@ -122,30 +126,35 @@ def quantise_factors(decomposition: Decomposition, step: float, place: Place) ->
     kind = _best_transform(right, place)
     vectors = np.concatenate([decomposition.left[:rank] * norms, transform(right, kind)], axis=1)
     predictor = Predictor([place.rows, place.columns], prior_of(place, kind))
-    kept = [np.empty((0, vectors.shape[1]), np.int32)]
+    kept, kept_classes = [np.empty((0, vectors.shape[1]), np.int32)], [np.empty((0, vectors.shape[1]), np.uint8)]
+    kept_exponents: list[int] = []
     profit = 0.0
     for wave in waves(rank):
-        classes = predictor.classes([exponents[[k, k]] for k in range(wave.start, wave.stop)])
-        classes = classes.reshape(-1, vectors.shape[1])
+        classes = predictor.classes(exponents[wave, None].repeat(2, axis=1))
         entries, profits = _quantised(vectors[wave], classes, exponents[wave], place.rows)
         pays = profits > 0
-        exponents = np.concatenate([exponents[: wave.start], exponents[wave][pays], exponents[wave.stop :]])
+        kept_exponents += exponents[wave][pays].tolist()
         kept.append(entries[pays])
+        kept_classes.append(classes[pays])
         profit += float(profits[pays].sum())
         if not pays.all():
             break
-        predictor.learn(list(kept[-1]))
-    all_kept = np.concatenate(kept)
-    return QuantisedMatrix(tuple(exponents[: len(all_kept)].tolist()), kind, all_kept, profit)
+        if wave.stop < rank:
+            predictor.learn(entries)
+    return QuantisedMatrix(
+        tuple(kept_exponents), kind, np.concatenate(kept), np.concatenate(kept_classes), profit
+    )
 
 
 def _best_transform(vectors: Floats, place: Place) -> int:
     """The transform after which the leading vectors are cheapest, by a rough measure."""
     leading = vectors[:4]
     best, best_bits = NO_TRANSFORM, float(np.log2(1 + np.abs(leading)).sum())
+    joined = leading.reshape(-1)
+    smooth = _SMOOTH * float(joined @ joined)
     for kind in (ALONG, *place.widths):
-        if not vectors.size:
-            break
+        if joined[:-kind] @ joined[kind:] <= smooth:
+            continue
         bits = float(np.log2(1 + np.abs(transform(leading, kind))).sum()) * 1.02 + 8
         if bits < best_bits:
             best, best_bits = kind, bits
@@ -161,19 +170,25 @@ def _quantised(
     (2 ⟨left, a⟩⟨right, b⟩ − |a|²|b|²) 4^(−e).
     """
     magnitudes = np.abs(vectors)
-    components, places = (magnitudes >= _THRESHOLDS.take(classes)).nonzero()
-    magnitudes, numbers = magnitudes[components, places], classes[components, places]
-    quantised = np.clip(np.floor(magnitudes + _OFFSETS[numbers]), 1, LARGEST_FACTOR)
+    (places,) = (magnitudes >= _THRESHOLDS.take(classes)).reshape(-1).nonzero()
+    magnitudes, numbers = magnitudes.take(places), classes.take(places)
+    quantised = np.floor(magnitudes + _OFFSETS.take(numbers))
+    np.minimum(np.maximum(quantised, 1, out=quantised), LARGEST_FACTOR, out=quantised)
     entries = np.zeros(vectors.shape, np.int32)
-    entries[components, places] = np.copysign(quantised, vectors[components, places])
+    entries.reshape(-1)[places] = np.copysign(quantised, vectors.take(places))
 
-    count = len(vectors)
-    nonzero_bits = _FIRST_BITS[numbers] + _MORE_BITS[numbers] * quantised
-    bits = _ZERO_BITS.take(classes).sum(axis=1) + np.bincount(components, nonzero_bits, count)
-    sides = 2 * components + (places >= rows)
-    overlaps = np.bincount(sides, quantised * magnitudes, 2 * count).reshape(count, 2).prod(axis=1)
-    squares = np.bincount(sides, quantised * quantised, 2 * count).reshape(count, 2).prod(axis=1)
-    saved = (2 * overlaps - squares) * np.exp2(-2.0 * exponents)
+    # Sums of each component's a and b: differences of running sums.
+    sums = np.zeros((3, places.size + 1))
+    np.multiply(quantised, magnitudes, out=sums[0, 1:])
+    np.multiply(quantised, quantised, out=sums[1, 1:])
+    np.multiply(_MORE_BITS.take(numbers), quantised, out=sums[2, 1:])
+    sums[2, 1:] += _FIRST_BITS.take(numbers)
+    np.cumsum(sums, axis=1, out=sums)
+    starts = np.arange(len(vectors))[:, None] * vectors.shape[1] + np.array([0, rows])
+    ends = places.searchsorted([*starts.reshape(-1).tolist(), vectors.size])
+    overlaps, squares, bits = np.diff(sums.take(ends, axis=1)).reshape(3, -1, 2)
+    saved = (2 * overlaps.prod(axis=1) - squares.prod(axis=1)) * np.exp2(-2.0 * exponents)
+    bits = bits.sum(axis=1) + _ZERO_BITS.take(classes).sum(axis=1)
     return entries, saved - _PRICE * (bits + _COMPONENT_BITS)
 
 
@@ -186,17 +201,23 @@ def remainder_of(values: Floats, step: float, columns: int, product: Product | N
         columns: of the tensor as a matrix.
         product: of its factors, in units of the step.
     """
-    scale = np.float32(1 / step)
+    least = _LEAST * step
     places, remainders = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
     rows_at_once = max(1, _BLOCK // max(1, columns))
+    left = None if product is None else product.left * np.float32(step)
+    buffer = np.empty((rows_at_once if left is not None else 0, columns), np.float32)
     for row in range(0, values.size // max(1, columns), rows_at_once):
         start = row * columns
-        block = values[start : start + rows_at_once * columns] * scale
-        if product is not None:
-            block -= product.rows(slice(row, row + rows_at_once))
-        (large,) = (np.abs(block) >= _LEAST).nonzero()
+        block = values[start : start + rows_at_once * columns]
+        if product is not None and left is not None:
+            some = left[:, row : row + rows_at_once].T
+            products = np.matmul(some, product.right, out=buffer[: len(some)]).reshape(-1)
+            block = np.subtract(block, products, out=products)
+        if block.max() < least and block.min() > -least:
+            continue
+        (large,) = (np.abs(block) >= least).nonzero()
         places.append(large + start)
-        remainders.append(block[large])
+        remainders.append(block[large] * np.float32(1 / step))
     return Remainder(np.concatenate(places), np.concatenate(remainders), values.size)
 
 
@@ -210,7 +231,7 @@ def quantise_scalars(remainder: Remainder, step: np.float32) -> QuantisedScalars
     magnitudes = np.abs(remainder.values)
     paying = magnitudes >= _threshold(magnitudes, remainder.size)
     places, magnitudes = remainder.places[paying], magnitudes[paying]
-    quantised = np.clip(np.floor(magnitudes + np.float32(0.4)), 1, largest_scalar(step))
+    quantised = np.minimum(np.maximum(np.floor(magnitudes + np.float32(0.4)), 1), largest_scalar(step))
     number, bits = _best_class(remainder.size, quantised)
     saved = float((quantised * (2 * magnitudes.astype(np.float64) - quantised)).sum())
     profit = saved - _PRICE * (bits + _SCALARS_BITS)

@@ -6,9 +6,10 @@ of higher rank first: a_k, then b_k. The scalars follow, tensor by tensor.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from fedtide.wire.codecs.entropy.bits import BitReader, BitWriter
 from fedtide.wire.codecs.entropy.coefficients import CoefficientReader, encode_classes
@@ -25,6 +26,9 @@ from fedtide.wire.codecs.lowrank.layout import (
 from fedtide.wire.codecs.lowrank.products import Product, Scalars, prior_of, product_of
 from fedtide.wire.codecs.lowrank.quantiser import QuantisedMatrix, QuantisedScalars
 from fedtide.wire.errors import MalformedPayload
+
+_CLASS_STARTS: Final = np.arange(CLASSES, dtype=np.int64) << 32
+"""Behind all places of a class."""
 
 
 @dataclass(frozen=True)
@@ -53,17 +57,11 @@ def write_tensors(tensors: Sequence[QuantisedTensor], places: Sequence[Place]) -
     header = BitWriter()
     layouts = [tensor.layout for tensor in tensors]
     write_layouts(header, layouts, places)
-    matrices = _Matrices(layouts, places)
-    ranked = [tensors[number].matrix for number in matrices.numbers]
+    ranked = sorted((each.matrix for each in tensors if each.matrix), key=lambda matrix: -len(matrix.entries))
     entries, classes = [np.empty(0, np.int32)], [np.empty(0, np.uint8)]
-    for wave in waves(matrices.rank):
-        components = [
-            np.concatenate([matrix.entries[k] for matrix in ranked if matrix and k < len(matrix.entries)])
-            for k in range(wave.start, wave.stop)
-        ]
-        entries += components
-        classes.append(matrices.predictor.classes(matrices.exponents(wave)))
-        matrices.predictor.learn(components)
+    for k in range(len(ranked[0].entries) if ranked else 0):
+        entries += [matrix.entries[k] for matrix in ranked if k < len(matrix.entries)]
+        classes += [matrix.classes[k] for matrix in ranked if k < len(matrix.entries)]
     parts = _by_class(np.concatenate(entries), np.concatenate(classes))
     for place, tensor in zip(places, tensors, strict=True):
         if tensor.scalars is not None:
@@ -109,7 +107,8 @@ class _Matrices:
     Attributes:
         numbers: of these tensors.
         rank: the highest.
-        widths: for each, rows + columns.
+        having: for each component, how many have it.
+        ends: of the entries of the first, the first two, ..., from 0 on.
         predictor: of their entries.
     """
 
@@ -119,7 +118,8 @@ class _Matrices:
         self._layouts = [layouts[number] for number in self.numbers]
         shapes = [places[number] for number in self.numbers]
         self.rank = self._layouts[0].rank if self._layouts else 0
-        self.widths = [place.rows + place.columns for place in shapes]
+        self.having = [sum(k < layout.rank for layout in self._layouts) for k in range(self.rank)]
+        self.ends = [0, *accumulate(place.rows + place.columns for place in shapes)]
         self.predictor = Predictor(
             [length for place in shapes for length in (place.rows, place.columns)],
             np.concatenate([
@@ -128,16 +128,14 @@ class _Matrices:
             ]),
         )  # fmt: skip
 
-    def exponents(self, wave: slice) -> list[Integers]:
-        """For each of the wave's components, its exponent on each side that has it."""
-        return [
-            np.repeat(np.array([each.exponents[k] for each in self._layouts if k < each.rank], np.int32), 2)
-            for k in range(wave.start, wave.stop)
+    def exponents(self, wave: slice) -> Integers:
+        """For each of the wave's components, its exponent on each side that has the first one (or 0)."""
+        padding = (0,) * (wave.stop - wave.start)
+        exponents = [
+            (layout.exponents[wave] + padding)[: len(padding)]
+            for layout in self._layouts[: self.having[wave.start]]
         ]
-
-    def having(self, component: int) -> int:
-        """How many have the component."""
-        return sum(component < layout.rank for layout in self._layouts)
+        return np.array(exponents, np.int32).T.repeat(2, axis=1)
 
 
 def _read_factors(entries: "_Entries", matrices: _Matrices) -> dict[int, Integers]:
@@ -146,22 +144,34 @@ def _read_factors(entries: "_Entries", matrices: _Matrices) -> dict[int, Integer
     Raises:
         MalformedPayload: an entry is too large, or a component has none.
     """
-    starts = np.cumsum([0, *matrices.widths])
-    side_starts = matrices.predictor.starts
-    rows: list[list[Integers]] = [[] for _ in matrices.numbers]
+    ends, predictor = matrices.ends, matrices.predictor
+    parts: list[list[Integers]] = [[] for _ in matrices.numbers]
     for wave in waves(matrices.rank):
-        read = entries.next(matrices.predictor.classes(matrices.exponents(wave)))
-        components, first = [], 0
-        for k in range(wave.start, wave.stop):
-            count = matrices.having(k)
-            components.append(read[first : first + int(starts[count])])
-            first += components[-1].size
-            if not np.logical_or.reduceat(components[-1] != 0, side_starts[: 2 * count]).all():
-                raise MalformedPayload("a component of zeros; the rank must be lower")
-            for row, start, width in zip(rows[:count], starts, matrices.widths, strict=False):
-                row.append(components[-1][start : start + width])
-        matrices.predictor.learn(components)
-    return {number: np.stack(row) for number, row in zip(matrices.numbers, rows, strict=True)}
+        having = matrices.having[wave]
+        widths = [ends[count] for count in having]
+        components = _rows_of(entries, predictor.classes(matrices.exponents(wave)), widths)
+        filled = np.logical_or.reduceat(components, predictor.starts[: 2 * having[0]], axis=1)
+        if np.count_nonzero(filled) < 2 * sum(having):
+            raise MalformedPayload("a component of zeros; the rank must be lower")
+        for number in range(having[0]):
+            rank = sum(number < count for count in having)
+            parts[number].append(components[:rank, ends[number] : ends[number + 1]])
+        if wave.stop < matrices.rank:
+            predictor.learn(components)
+    return {number: np.concatenate(part) for number, part in zip(matrices.numbers, parts, strict=True)}
+
+
+def _rows_of(entries: "_Entries", classes: Classes, widths: Sequence[int]) -> Integers:
+    """The next entries of these classes, row by row; of each row, so many as are due, before zeros."""
+    if widths[-1] == classes.shape[1]:
+        return entries.next(classes.reshape(-1)).reshape(classes.shape)
+    read = entries.next(np.concatenate([row[:width] for row, width in zip(classes, widths, strict=True)]))
+    rows = np.zeros(classes.shape, np.int32)
+    first = 0
+    for row, width in zip(rows, widths, strict=True):
+        row[:width] = read[first : first + width]
+        first += width
+    return rows
 
 
 class _Entries:
@@ -174,15 +184,16 @@ class _Entries:
             MalformedPayload: one is too large.
         """
         found = [reader.take_nonzeros(number) for number in range(CLASSES)]
+        counts = np.array([values.size for _, values in found])
         # One ascending sequence: a nonzero's place in its class, behind all places of the classes before it.
-        self._firsts = np.arange(CLASSES, dtype=np.int64) << 32
-        self._places = np.concatenate(
-            [positions + first for (positions, _), first in zip(found, self._firsts, strict=True)]
-        )
+        self._places = np.concatenate([positions for positions, _ in found]) + _CLASS_STARTS.repeat(counts)
         self._values = np.concatenate([values for _, values in found])
-        self._next = self._firsts.copy()
+        self._next = _CLASS_STARTS.copy()
+        self._nonzeros = np.cumsum(counts) - counts
         self._left = self._places.size
-        _check_magnitudes(self._values, LARGEST_SCALAR)
+        self._peak = max(int(self._values.max(initial=0)), -int(self._values.min(initial=0)))
+        if self._peak > LARGEST_SCALAR:
+            raise MalformedPayload(f"a coefficient beyond ±{LARGEST_SCALAR:,}")
 
     def next(self, classes: Classes) -> Integers:
         """The next coefficient of each of these classes.
@@ -191,27 +202,29 @@ class _Entries:
             MalformedPayload: one is too large for a factor.
         """
         counts = np.bincount(classes, minlength=CLASSES)
-        lasts = self._next + counts
-        lows = np.searchsorted(self._places, self._next)
-        taken = np.searchsorted(self._places, lasts) - lows
-        sorted_firsts = np.cumsum(counts) - counts
-        total = int(taken.sum())
-        indices = np.arange(total) + np.repeat(lows - (np.cumsum(taken) - taken), taken)
-        places = self._places[indices] + np.repeat(sorted_firsts - self._next, taken)
+        starts, lows = self._next, self._nonzeros
+        self._next = starts + counts
+        self._nonzeros = self._places.searchsorted(self._next)
+        taken = self._nonzeros - lows
+        ends = np.cumsum(taken)
+        indices = (lows - ends + taken).repeat(taken)
+        indices += np.arange(indices.size)
+        places = (np.cumsum(counts) - self._next).repeat(taken)
+        places += self._places[indices]
         values = self._values[indices]
-        _check_magnitudes(values, LARGEST_FACTOR)
+        if self._peak > LARGEST_FACTOR and np.abs(values).max(initial=0) > LARGEST_FACTOR:
+            raise MalformedPayload(f"a coefficient beyond ±{LARGEST_FACTOR:,} in a factor")
         entries = np.zeros(classes.size, np.int32)
-        entries[np.argsort(classes, kind="stable")[places]] = values
-        self._next = lasts
-        self._left -= total
+        entries[classes.argsort(kind="stable")[places]] = values
+        self._left -= values.size
         return entries
 
     def next_run(self, number: int, count: int) -> Scalars:
         """The nonzeros among the next ``count`` coefficients of a class."""
-        start = int(self._next[number])
-        low, high = np.searchsorted(self._places, [start, start + count])
-        self._next[number] += count
-        self._left -= int(high - low)
+        start, low = int(self._next[number]), int(self._nonzeros[number])
+        high = int(self._places.searchsorted(start + count))
+        self._next[number], self._nonzeros[number] = start + count, high
+        self._left -= high - low
         return Scalars(self._places[low:high] - start, self._values[low:high])
 
     def finish(self) -> None:
@@ -222,8 +235,3 @@ class _Entries:
         """
         if self._left:
             raise MalformedPayload(f"{self._left:,} coefficients without a place")
-
-
-def _check_magnitudes(values: npt.NDArray[np.int32], largest: int) -> None:
-    if values.size and max(int(values.max()), -int(values.min())) > largest:
-        raise MalformedPayload(f"a coefficient beyond ±{largest:,}")

@@ -65,12 +65,10 @@ def test_any_tensors_come_back(drawn: list[tuple[list[int], int]], factor: int) 
 
 
 def test_zeros_and_empty_tensors_take_two_bits_each() -> None:
-    # Per tensor: exponent 0 and shift 0 as before, two ones: a byte for four. Then 17 classes without
-    # nonzeros, a one each.
-    assert (
-        assert_round_trip(np.zeros(301, np.int32), [0] * 4, schema_of(100, 0, 1, 200)) == b"\xff\xff\xff\x01"
-    )
-    assert assert_round_trip(integers(), [], schema_of()) == b"\xff\xff\x01"
+    # Per tensor: exponent 0 and shift 0 as before, two ones: a byte for four. Then a one for a single
+    # class, and a one for its lack of nonzeros.
+    assert assert_round_trip(np.zeros(301, np.int32), [0] * 4, schema_of(100, 0, 1, 200)) == b"\xff\x03"
+    assert assert_round_trip(integers(), [], schema_of()) == b"\x03"
 
 
 def test_equal_exponents_are_written_once() -> None:
@@ -120,6 +118,16 @@ def test_matrices_of_different_grids_come_back() -> None:
     values = np.rint(np.random.default_rng(3).laplace(0, 3, schema.size)).astype(np.int32)
     values[620:] *= 8
     assert_round_trip(values, [-9, -12, -14], schema)
+
+
+@pytest.mark.parametrize("nonzeros", [0, 20, 160, 161, 1000])
+def test_few_and_many_changes_of_small_matrices_come_back(nonzeros: int) -> None:
+    # Up to 160 nonzeros are one class, more have classes by context.
+    schema = Schema(tensors=tuple(TensorSpec(name=name, dtype="float32", shape=(40, 50)) for name in "ab"))
+    values = np.zeros(schema.size, np.int32)
+    values[:: 4000 // max(nonzeros, 1)][:nonzeros] = -3
+    assert np.count_nonzero(values) == nonzeros
+    assert_round_trip(values, [-9, -12], schema)
 
 
 # Parameters
@@ -197,17 +205,18 @@ def test_a_grid_of_another_schema_is_rejected() -> None:
 
 
 def test_integers_that_leave_the_range_with_their_shift_are_rejected() -> None:
-    # 2^23 is encoded as 1 with a shift of 23. From the lowest bit: 1 (exponent as before), 0, 11101 (23).
+    # 2^23 is encoded as 1 with a shift of 23. From the lowest bit: 1 (exponent as before), 0, 11101 (23),
+    # and 1 (a single class).
     payload = bytearray(encode_grid(integers(1 << 23), [0], schema_of(1)))
-    assert payload[0] == 0b1011101
-    assert decode_grid(payload, schema_of(1))[0].tolist() == [1 << 23]
-    payload[0] = 0b1100001  # a shift of 24
+    assert payload[0] == 0b11011101
+    assert decode_grid(bytes(payload), schema_of(1))[0].tolist() == [1 << 23]
+    payload[0] = 0b11100001  # a shift of 24
     with pytest.raises(MalformedPayload, match="up to 20 and 23"):
-        decode_grid(payload, schema_of(1))
+        decode_grid(bytes(payload), schema_of(1))
     three = bytearray(encode_grid(integers(3 << 21), [0], schema_of(1)))
     three[0] += 0b0001000  # a shift of 21 + 2 = 23, and 3 * 2^23 = 25,165,824
     with pytest.raises(MalformedPayload, match="magnitude 25,165,824"):
-        decode_grid(three, schema_of(1))
+        decode_grid(bytes(three), schema_of(1))
 
 
 @settings(deadline=None, max_examples=200)

@@ -1,9 +1,9 @@
 """``ecsq``: entropy-coded scalar quantisation, one uniform step for all parameters.
 
-    payload = step (16 bits) | classes of coefficients
+    payload = step (16 bits) | tensors
 
-Little-endian. The step is a float32 without its sign and its last 15 bits; the coefficients are levels, in
-the classes of :mod:`matrix_contexts`. A level is sign(x) · floor(abs(x) / step + θ), and x' = level · step.
+Little-endian. The step is a float32 without its sign and its last 15 bits; the coefficients are levels,
+encoded by :mod:`matrix_contexts`. A level is sign(x) · floor(abs(x) / step + θ), and x' = level · step.
 With θ below 1/2 more values become zero, which saves more bits than it adds error. The best θ was computed
 for Gaussian, Laplace and heavier-tailed values at rates from 0.05 to 4 bits: it depends on the share of
 nonzeros more than on the distribution, from 0.22 where few are left to 1/2. With it, reconstruction at the
@@ -20,8 +20,9 @@ import numpy as np
 
 from fedtide.wire.codecs.base import UNREQUESTED, NotFinite, WrongLength, check_delta, check_out
 from fedtide.wire.codecs.budget import finest_within
-from fedtide.wire.codecs.entropy.coefficients import CoefficientReader, Coefficients, encode_classes
-from fedtide.wire.codecs.matrix_contexts import DEFAULTS, join, split
+from fedtide.wire.codecs.entropy.bits import BitReader, BitWriter
+from fedtide.wire.codecs.entropy.coefficients import Coefficients
+from fedtide.wire.codecs.matrix_contexts import TensorReader, encode_tensors
 from fedtide.wire.codecs.rate import FINEST_STEP, Request
 from fedtide.wire.parameters import Schema, Vector
 
@@ -38,8 +39,8 @@ _LARGEST_VALUE: Final = float(np.finfo(np.float32).max)
 _LARGEST_LEVEL: Final = 2**24 - 1
 """float32 holds every level exactly."""
 _LARGE_SHARE: Final = 512
-"""Of levels beyond int16, encoders make fewer than one in so many: with steps from 2^-10 of the rms on, the mean
-square of levels is below 1025^2, which 32,768^2 for one in 1021 exceeds."""
+"""Encoders make fewer than one level in so many that is beyond int16: with steps from 2^-10 of the rms on,
+the mean square of levels is below 1028^2, which 32,768^2 for one in 1016 exceeds."""
 _MAGNITUDE_BITS: Final = np.uint32(0x7FFF_FFFF)
 _INFINITY_BITS: Final = 0x7F80_0000
 _CHUNK: Final = 1 << 16
@@ -81,13 +82,12 @@ class Ecsq:
         if not _STEP_BYTES <= payload.nbytes <= self.max_bytes(schema):
             raise WrongLength(self.codec_id, payload.nbytes, self.max_bytes(schema))
         step = _step(payload)
-        most_large = schema.size // _LARGE_SHARE + 1
-        reader = CoefficientReader(payload[_STEP_BYTES:], DEFAULTS, schema.size, most_large)
+        header = BitReader(payload[_STEP_BYTES:])
+        reader = TensorReader(header, schema, max_large=schema.size // _LARGE_SHARE + 1)
         if reader.peak > _largest_level(step):
             raise NotFinite(f"an ecsq level of {reader.peak:,} at a step of {step}: not a float32")
         levels = np.empty(schema.size, np.float32)
-        join(reader, schema, levels)
-        reader.finish()
+        reader.read(levels)
         return np.multiply(levels, step, out=levels if out is None else check_out(out, schema.size))
 
 
@@ -140,8 +140,8 @@ def _rms(delta: Vector) -> float:
 def _encoded(delta: Vector, schema: Schema, pattern: int) -> bytes:
     head = pattern.to_bytes(_STEP_BYTES, "little")
     step = _step(memoryview(head))
-    levels = (_levels(delta[place], step) for _, place in schema.slices())
-    return head + encode_classes(split(levels, schema), DEFAULTS)
+    levels = [_levels(delta[place], step) for _, place in schema.slices()]
+    return head + encode_tensors(levels, schema, BitWriter())
 
 
 def _levels(values: Vector, step: np.float32) -> Coefficients:

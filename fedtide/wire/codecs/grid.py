@@ -2,11 +2,11 @@
 
 A parameter is integer × 2^exponent, with one exponent per tensor.
 
-    payload = for each tensor: exponent, shift | classes of coefficients
+    payload = for each tensor: exponent, shift | tensors
     exponent = 1 (as of the tensor before) | 0, exponent + 60 (7 bits)
     shift    = 1 (as of the tensor before) | 0, shift (5 bits)
 
-A tensor's coefficients are its integers over 2^shift, which divides them all, in the classes of
+A tensor's coefficients are its integers over 2^shift, which divides them all, encoded by
 :mod:`matrix_contexts`.
 """
 
@@ -17,8 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtide.wire.codecs.entropy.bits import BitReader, BitWriter
-from fedtide.wire.codecs.entropy.coefficients import CoefficientReader, encode_classes
-from fedtide.wire.codecs.matrix_contexts import DEFAULTS, join, split
+from fedtide.wire.codecs.matrix_contexts import TensorReader, encode_tensors
 from fedtide.wire.errors import MalformedPayload
 from fedtide.wire.parameters import Schema, Vector
 
@@ -57,7 +56,7 @@ def encode_grid(values: Integers, exponents: Sequence[int], schema: Schema) -> b
         _put_changed(header, shift, shift_before, _SHIFT_BITS)
         coefficients.append(values[place] >> shift)
         exponent_before, shift_before = exponent, shift
-    return header.to_bytes() + encode_classes(split(coefficients, schema), DEFAULTS)
+    return encode_tensors(coefficients, schema, header)
 
 
 def decode_grid(payload: bytes | memoryview, schema: Schema) -> tuple[Integers, tuple[int, ...]]:
@@ -83,10 +82,9 @@ def decode_grid(payload: bytes | memoryview, schema: Schema) -> tuple[Integers, 
             f"a grid's exponent {max(exponents)} and shift {max(shifts)}; "
             f"they must be up to {COARSEST_EXPONENT} and {_LARGEST_SHIFT}"
         )
-    reader = CoefficientReader(header.end(), DEFAULTS, schema.size)
+    reader = TensorReader(header, schema)
     values = np.empty(schema.size, np.int32)
-    join(reader, schema, values)
-    reader.finish()
+    reader.read(values)
     for shift, (_, place) in zip(shifts[1:], schema.slices(), strict=True):
         _shift(values[place], shift)
     return values, tuple(exponents[1:])

@@ -125,13 +125,13 @@ class FieldWriter:
         self._last_bits = 0
 
     def put(self, values: Integers, widths: Widths) -> None:
-        """Write ``values[i]``, 0 to 2^width − 1, in ``widths[i]`` bits, 1 to ``MAX_WIDTH``; shape ``(n,)``."""
+        """Write ``values[i]``, 0 to 2^width − 1, in ``widths[i]`` bits, 1 to ``MAX_WIDTH``."""
         if not values.size:
             return
         ends = np.cumsum(widths, dtype=np.int64)
         ends += self._last_bits
         starts = ends - widths
-        # All fields that begin in one 32-bit word end before the end of the next: their sum fits into 64 bits.
+        # All fields that begin in one 32-bit word end before the end of the next: 64 bits hold their sum.
         words = starts >> 5
         starts &= 31
         shifted = values.astype(np.uint64) << starts.view(np.uint64)

@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from fedtide.wire.codecs.entropy import rans
 from fedtide.wire.codecs.entropy.bits import BitReader, BitWriter, FieldReader, FieldWriter, field_bytes
+from fedtide.wire.codecs.entropy.nonzeros import Nonzeros
 from fedtide.wire.codecs.entropy.table_choice import chosen_table, read_choice, write_choice
 from fedtide.wire.codecs.entropy.tokens import NUMBER_BITS, TableChoice, TokenTable, token_table
 from fedtide.wire.errors import MalformedPayload
@@ -35,9 +36,6 @@ LARGEST: Final = 1 << NUMBER_BITS
 FEWEST_FOR_A_TABLE: Final = 8
 """Nonzeros of a class from which on it can have a table of its own."""
 
-_MANY: Final = 4
-"""Every fourth coefficient from which on nonzeros are many: then, 8 bytes each are more than 2 bytes for all."""
-_INT16: Final = 2**15 - 1
 _PARTS: Final = 64
 """Blocks that many tokens are worked on in, so that what a block takes hardly counts."""
 _SMALLEST_BLOCK: Final = 1 << 11
@@ -99,7 +97,7 @@ def _token_blocks(coefficients: Coefficients) -> Iterator[_Tokens]:
         raise ValueError(
             f"a class of {coefficients.size:,} coefficients; it must have fewer than {LARGEST:,}"
         )
-    size = _block_size(coefficients.size)
+    size = max(coefficients.size // _PARTS, _LARGEST_BLOCK)
     before = -1
     for start in range(0, coefficients.size, size):
         block = coefficients[start : start + size]
@@ -186,8 +184,8 @@ class CoefficientReader:
         self.read(class_index, coefficients)
         return coefficients
 
-    def read(self, class_index: int, out: Integers) -> None:
-        """Fill ``out``, int32 of shape ``(count,)``, with the next coefficients of a class."""
+    def read(self, class_index: int, out: Integers | npt.NDArray[np.float32]) -> None:
+        """Fill ``out``, shape ``(count,)``, with the next coefficients of a class."""
         start, end = self._advance(class_index, out.size)
         self._nonzeros.place(start, end, out)
 
@@ -231,73 +229,9 @@ def _block_size(size: int) -> int:
     return min(max(size // _PARTS, _SMALLEST_BLOCK), _LARGEST_BLOCK)
 
 
-class _Nonzeros:
-    """The nonzero coefficients of all classes, one class behind the other, by their places there.
-
-    Few are kept as places and values. Many are kept with the zeros as int16, those beyond by themselves.
-
-    Attributes:
-        peak: the largest magnitude.
-    """
-
-    def __init__(self, count: int, max_coefficients: int) -> None:
-        self.peak = 0
-        self._filled = 0
-        self._dense = np.zeros(max_coefficients if _MANY * count > max_coefficients else 0, np.int16)
-        count = 0 if self._dense.size else count
-        self._positions = np.empty(count, np.int32)
-        self._values = np.empty(count, np.int32)
-        self._large = 0
-
-    def add(self, positions: Fields, values: Integers, max_large: int) -> None:
-        """Take further nonzeros, with places beyond those before them.
-
-        Raises:
-            MalformedPayload: more than ``max_large`` of all values are beyond int16.
-        """
-        self.peak = max(self.peak, int(values.max()), -int(values.min()))
-        if not self._dense.size:
-            place = slice(self._filled, self._filled + values.size)
-            self._positions[place], self._values[place] = positions, values
-            self._filled += values.size
-            return
-        self._dense[positions] = values  # what does not fit is never used
-        if self.peak > _INT16:
-            (large,) = (np.abs(values) > _INT16).nonzero()
-            self._large += large.size
-            if self._large > max_large:
-                raise MalformedPayload(f"more than {max_large:,} coefficients are beyond ±{_INT16:,}")
-            self._positions = np.concatenate([self._positions, positions[large]], dtype=np.int32)
-            self._values = np.concatenate([self._values, values[large]])
-
-    def place(self, start: int, end: int, out: Integers) -> None:
-        """Write the coefficients from ``start`` to ``end``, and zeros behind them."""
-        if self._dense.size:
-            out[: end - start] = self._dense[start:end]
-            out[end - start :] = 0
-        else:
-            out.fill(0)
-        if self._positions.size:
-            positions, values = self._listed(start, end)
-            out[positions] = values
-
-    def between(self, start: int, end: int) -> tuple[Integers, Integers]:
-        """Places from ``start`` on, and values, of the nonzero coefficients up to ``end``."""
-        if not self._dense.size:
-            return self._listed(start, end)
-        coefficients = np.empty(end - start, np.int32)
-        self.place(start, end, coefficients)
-        positions = coefficients.nonzero()[0].astype(np.int32)
-        return positions, coefficients[positions]
-
-    def _listed(self, start: int, end: int) -> tuple[Integers, Integers]:
-        first, last = self._positions.searchsorted(np.array([start, end], np.int32))
-        return self._positions[first:last] - np.int32(start), self._values[first:last]
-
-
 def _decoded(
     payload: memoryview | BitReader, defaults: Sequence[TableChoice], max_coefficients: int, max_large: int
-) -> tuple[_Nonzeros, Fields]:
+) -> tuple[Nonzeros, Fields]:
     """All nonzeros, and where each class ends among their places."""
     header = payload if isinstance(payload, BitReader) else BitReader(payload)
     counts, choices, left = [], [], max_coefficients
@@ -317,7 +251,7 @@ def _decoded(
     symbols, seeds, used = rans.decode(body, runs)
     negative, rest = _signs(body[used:], seeds, total)
     raw = FieldReader(rest)
-    nonzeros = _Nonzeros(total, max_coefficients)
+    nonzeros = Nonzeros(total, max_coefficients)
     class_ends = np.zeros(len(counts), np.int64)
     lasts = np.cumsum(counts)
     finder = _TokenFinder(tables, counted)
@@ -355,7 +289,7 @@ class _TokenFinder:
         ends = np.minimum(self._ends[low : high + 1], first + symbols.size)
         entries = np.repeat(self._starts[low : high + 1], np.diff(ends, prepend=first))
         entries += symbols
-        numbers = self._first_numbers[entries]
+        numbers: Integers = self._first_numbers[entries]
         widths = self._widths[entries].reshape(-1)
         (places,) = widths.nonzero()
         if places.size:

@@ -62,8 +62,7 @@ class _Histogram:
             sum_of_all += int(numbers.sum(dtype=np.int64))
             if numbers.dtype != np.uint8 and int(numbers.max()) >= _CAP:
                 above.append(numbers[numbers >= _CAP].astype(np.int32))
-                numbers = np.minimum(numbers, _CAP)
-            of_block = np.bincount(numbers)
+            of_block = np.bincount(numbers if numbers.dtype == np.uint8 else np.minimum(numbers, _CAP))
             counts[: of_block.size] += of_block
         self._above = np.concatenate(above)
         largest = int(counts[:_CAP].nonzero()[0][-1]) if self._above.size < self.total else 0
@@ -105,9 +104,7 @@ def _lengths(kind: NumberKind, marginal: Marginal, *, dense: bool) -> _Lengths:
     return _Lengths(buckets, by_bucket, by_bucket[buckets.of(np.arange(_CAP, dtype=np.int32))])
 
 
-def chosen_table(
-    gaps: Sequence[Numbers], excesses: Sequence[Numbers], default: TableChoice
-) -> TableChoice:
+def chosen_table(gaps: Sequence[Numbers], excesses: Sequence[Numbers], default: TableChoice) -> TableChoice:
     """The choice that takes the fewest bits for these tokens, its own in the header included.
 
     Args:

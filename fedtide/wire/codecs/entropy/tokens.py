@@ -258,7 +258,10 @@ def _built_table(choice: TableChoice) -> TokenTable:
     excess_buckets = EXCESSES.buckets(choice.excess, dense=choice.dense)
     shape = (gaps.size, excesses.size, 2)
     first_numbers, widths = np.empty(shape, np.int32), np.empty(shape, np.uint8)
-    first_numbers[..., 0], first_numbers[..., 1] = gap_buckets.first_numbers[:, None], excess_buckets.first_numbers
+    first_numbers[..., 0], first_numbers[..., 1] = (
+        gap_buckets.first_numbers[:, None],
+        excess_buckets.first_numbers,
+    )
     widths[..., 0], widths[..., 1] = gap_buckets.widths[:, None], excess_buckets.widths
     return TokenTable(
         gap_buckets,

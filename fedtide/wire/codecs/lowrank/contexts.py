@@ -102,7 +102,7 @@ class Predictor:
         return classes
 
     def learn(self, components: Integers) -> None:
-        """Take a wave's entries into the history: shape as of ``classes``, zeros where there is no component."""
+        """Take a wave's entries into the history: shaped like ``classes``, zeros where a component is missing."""
         history = self._history
         history[: components.shape[1]] += np.add.reduce(np.abs(components), axis=0, dtype=np.int32)
         smoothed = history * np.int32(_OWN_WEIGHT)

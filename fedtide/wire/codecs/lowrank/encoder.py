@@ -14,7 +14,7 @@ from fedtide.wire.codecs.lowrank.quantiser import (
     quantise_factors,
     quantise_scalars,
     remainder_of,
-    scalars_profit,
+    scalars_save_more,
 )
 from fedtide.wire.codecs.lowrank.stream import QuantisedTensor, write_tensors
 from fedtide.wire.codecs.rate import FINEST_STEP, Request
@@ -23,7 +23,11 @@ from fedtide.wire.parameters import Schema, Vector
 
 DEFAULT_STEP: Final = 8.0
 """In units of the delta's rms."""
-_FIRST_COMPONENTS: Final = 12
+_COMPONENTS: Final = 8
+_COMPONENTS_IF_FINE: Final = 16
+"""Looked for at first: where all of them pay, twice as many follow."""
+_FINE: Final = 6.0
+"""Of a step, in units of the delta's rms: below, ranks above 8 are common."""
 _NORMAL: Final = (2.0**-40, 2.0**40)
 """The rms of deltas that are encoded as they are; others are first multiplied by a power of two."""
 
@@ -67,16 +71,19 @@ class Encoder:
     def _at(self, step: float) -> bytes:
         """The payload with this step."""
         bits = step_bits(step)
-        tensors = [self._tensor(place, step_of(bits)) for place in self._places]
+        matrices = self._matrices(self._shifted(step_of(bits)))
+        tensors = [self._tensor(place, matrices.get(place.start), step_of(bits)) for place in self._places]
         if all(tensor.matrix is None and tensor.scalars is None for tensor in tensors):
             return ZEROS
         return bits.to_bytes(STEP_BYTES, "little") + write_tensors(tensors, self._places)
 
-    def _tensor(self, place: Place, step: np.float32) -> QuantisedTensor:
-        values = self._delta[place.elements]
-        shifted = float(np.ldexp(np.float64(step), self._shift))
-        matrix = self._factors(place, shifted) if place.widest_rank else None
-        if matrix is not None and matrix.profit > scalars_profit(values, shifted):
+    def _shifted(self, step: np.float32) -> float:
+        """A step in units of the delta that is encoded."""
+        return float(np.ldexp(np.float64(step), self._shift))
+
+    def _tensor(self, place: Place, matrix: QuantisedMatrix | None, step: np.float32) -> QuantisedTensor:
+        values, shifted = self._delta[place.elements], self._shifted(step)
+        if matrix is not None and not scalars_save_more(values, shifted, matrix.profit):
             tensor = self._with_remainder(matrix, place, step)
             if tensor is not None:
                 return tensor
@@ -90,7 +97,7 @@ class Encoder:
         """A tensor's factors and what is worth encoding of the rest; None if decoders would refuse it."""
         left, right = matrix.entries[:, : place.rows], matrix.entries[:, place.rows :]
         values = self._delta[place.elements]
-        shifted = float(np.ldexp(np.float64(step), self._shift))
+        shifted = self._shifted(step)
         try:
             product = product_of(left, right, matrix.exponents, matrix.kind, None)
             remainder = remainder_of(values, shifted, place.columns, product)
@@ -101,19 +108,30 @@ class Encoder:
             return None
         return QuantisedTensor(matrix, scalars) if product.is_finite_at(step) else None
 
-    def _factors(self, place: Place, step: float) -> QuantisedMatrix | None:
-        components = min(_FIRST_COMPONENTS, place.widest_rank)
-        matrix: Floats = self._delta[place.elements].reshape(place.rows, place.columns)
+    def _matrices(self, step: float) -> dict[int, QuantisedMatrix]:
+        """The tensors whose factors pay, by their start."""
+        places = [place for place in self._places if place.widest_rank]
+        fine = step * 2.0**-self._shift < _FINE * self._rms
+        first = _COMPONENTS_IF_FINE if fine else _COMPONENTS
+        components = [min(first, place.widest_rank) for place in places]
         while True:
-            found = self._decompositions.get(place.start)
-            if found is None or (len(found.values) < components and not found.complete):
-                found = decompose(matrix, components)
-                self._decompositions[place.start] = found
-            quantised = quantise_factors(found, step, place)
-            if len(quantised.exponents) < components or components == place.widest_rank:
-                break
-            components = min(2 * components, place.widest_rank)
-        return quantised if quantised.exponents else None
+            found = [self._decomposed(*each) for each in zip(places, components, strict=True)]
+            quantised = quantise_factors(list(zip(places, found, strict=True)), step)
+            more = [
+                min(2 * count, place.widest_rank) if matrix and len(matrix.exponents) == count else count
+                for place, count, matrix in zip(places, components, quantised, strict=True)
+            ]
+            if more == components:
+                return {place.start: each for place, each in zip(places, quantised, strict=True) if each}
+            components = more
+
+    def _decomposed(self, place: Place, components: int) -> Decomposition:
+        found = self._decompositions.get(place.start)
+        if found is None or (len(found.values) < components and not found.complete):
+            matrix: Floats = self._delta[place.elements].reshape(place.rows, place.columns)
+            found = decompose(matrix, components)
+            self._decompositions[place.start] = found
+        return found
 
 
 def _rms(delta: Vector) -> float:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
 
-_NARROW: Final = 96
+_NARROW: Final = 64
 """Rows or columns up to which the Gram matrix's eigenvectors are cheaper than an iteration."""
 _SPARE: Final = 4
 """Directions beyond those asked for: they make the last of those accurate."""
@@ -75,7 +75,7 @@ def _within(matrix: Floats, basis: Floats | None, components: int) -> Decomposit
 def _leading_directions(matrix: Floats, count: int) -> Floats:
     """About the span of the leading right singular vectors, shape ``(columns, count)``."""
     directions = _orthonormal(matrix @ _signs(matrix.shape[1], count))
-    return _orthonormal((directions.T @ matrix).T)  # faster than matrix.T @ directions
+    return _orthonormal(matrix.T @ directions)
 
 
 def _orthonormal(vectors: Floats) -> Floats:

@@ -181,7 +181,7 @@ class Product:
         """Whether float32 holds all partial sums times the step, too: then no rounding is left to be done."""
         significant = float(np.frexp(step)[0]) * 2**_STEP_BITS
         largest = self.bound * 2.0 ** (self.fraction_bits + _STEP_BITS)
-        return significant.is_integer() and step >= _SMALLEST_FOLDED and largest < 2.0**_FLOAT32_BITS
+        return significant.is_integer() and float(step) >= _SMALLEST_FOLDED and largest < 2.0**_FLOAT32_BITS
 
     def _write_float64(self, step: np.float32, out: Floats) -> None:
         columns = self.right.shape[1]

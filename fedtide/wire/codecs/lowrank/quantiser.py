@@ -3,7 +3,9 @@
 A choice is good if it lowers error² + _PRICE · bits, with the error in units of the step.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import log2
 from typing import Final
 
@@ -35,6 +37,8 @@ _SCALARS_BITS: Final = 16
 """What a component, or a tensor's scalars, add to the headers."""
 _SMALLEST_VALUE: Final = 1.5
 """Of a singular value that is worth a look, in steps: its square, the error it saves, pays for 19 bits."""
+_LEADING: Final = 4
+"""Vectors of a matrix that its transform is chosen by."""
 _SMOOTH: Final = 0.2
 """Correlation of neighbours from which on a transform is worth a look."""
 _LEAST: Final = 0.6
@@ -109,62 +113,136 @@ class Remainder:
     size: int
 
 
-def quantise_factors(decomposition: Decomposition, step: float, place: Place) -> QuantisedMatrix:
-    """Quantise as many components as pay.
+@dataclass(frozen=True)
+class _Factors:
+    """A matrix's factors as real numbers, to be rounded: a component's square is its energy, times 2^e_k.
+
+    Attributes:
+        place: the matrix's.
+        kind: of the transform.
+        exponents: of the components.
+        vectors: left ones and, behind each, the transformed right one: shape ``(rank, rows + columns)``.
+    """
+
+    place: Place
+    kind: int
+    exponents: Integers
+    vectors: Floats
+
+
+def quantise_factors(
+    matrices: Sequence[tuple[Place, Decomposition]], step: float
+) -> list[QuantisedMatrix | None]:
+    """Quantise as many components of each matrix as pay; None where none does.
+
+    All matrices are worked on at once: most of them are so small that calls cost more than numbers.
 
     Args:
-        decomposition: of the matrix.
-        step: in the matrix's units.
-        place: the matrix's.
+        matrices: with their decompositions.
+        step: in the matrices' units.
     """
+    factors = [_factors_of(place, decomposition, step) for place, decomposition in matrices]
+    order = sorted(range(len(factors)), key=lambda number: -len(factors[number].exponents))
+    ranked = [factors[number] for number in order if factors[number].exponents.size]
+    quantised: list[QuantisedMatrix | None] = [None] * len(matrices)
+    for number, matrix in zip(order, _all_quantised(ranked), strict=False):
+        quantised[number] = matrix
+    return quantised
+
+
+def _factors_of(place: Place, decomposition: Decomposition, step: float) -> _Factors:
     values = decomposition.values / step
     rank = min(int((values > _SMALLEST_VALUE).sum()), place.widest_rank)
     values = values[:rank]
-    exponents = np.clip(np.rint(np.log2(values)), 0, LARGEST_EXPONENT).astype(np.int32)
+    exponents = np.minimum(np.maximum(np.rint(np.log2(values)), 0), LARGEST_EXPONENT).astype(np.int32)
     norms = np.sqrt(values * np.exp2(exponents)).astype(np.float32)[:, None]
     right = decomposition.right[:rank] * norms
-    kind = _best_transform(right, place)
-    vectors = np.concatenate([decomposition.left[:rank] * norms, transform(right, kind)], axis=1)
-    predictor = Predictor([place.rows, place.columns], prior_of(place, kind))
-    kept, kept_classes = [np.empty((0, vectors.shape[1]), np.int32)], [np.empty((0, vectors.shape[1]), np.uint8)]
-    kept_exponents: list[int] = []
-    profit = 0.0
-    for wave in waves(rank):
-        classes = predictor.classes(exponents[wave, None].repeat(2, axis=1))
-        entries, profits = _quantised(vectors[wave], classes, exponents[wave], place.rows)
-        pays = profits > 0
-        kept_exponents += exponents[wave][pays].tolist()
-        kept.append(entries[pays])
-        kept_classes.append(classes[pays])
-        profit += float(profits[pays].sum())
-        if not pays.all():
+    kind, right = _best_transform(right, place)
+    vectors = np.concatenate([decomposition.left[:rank] * norms, right], axis=1)
+    return _Factors(place, kind, exponents, vectors)
+
+
+def _all_quantised(matrices: Sequence[_Factors]) -> list[QuantisedMatrix | None]:
+    """The same, of matrices of descending rank, from 1 on."""
+    if not matrices:
+        return []
+    lengths = [length for each in matrices for length in (each.place.rows, each.place.columns)]
+    predictor = Predictor(lengths, np.concatenate([prior_of(each.place, each.kind) for each in matrices]))
+    ends = [0, *accumulate(each.vectors.shape[1] for each in matrices)]
+    kept = [_Kept() for _ in matrices]
+    for wave in waves(len(matrices[0].exponents)):
+        having = sum(len(each.exponents) > wave.start for each in matrices)
+        vectors = np.zeros((wave.stop - wave.start, ends[having]), np.float32)
+        exponents = np.zeros((len(vectors), having), np.int32)
+        for number, each in enumerate(matrices[:having]):
+            rank = len(each.exponents[wave])
+            vectors[:rank, ends[number] : ends[number + 1]] = each.vectors[wave]
+            exponents[:rank, number] = each.exponents[wave]
+        classes = predictor.classes(exponents.repeat(2, axis=1))
+        entries, profits = _quantised(vectors, classes, exponents, predictor.starts[: 2 * having])
+        for number, chosen in enumerate(kept[:having]):
+            own = slice(ends[number], ends[number + 1])
+            chosen.take(exponents[:, number], entries[:, own], classes[:, own], profits[:, number])
+        if all(chosen.is_done for chosen in kept[:having]):
             break
-        if wave.stop < rank:
-            predictor.learn(entries)
-    return QuantisedMatrix(
-        tuple(kept_exponents), kind, np.concatenate(kept), np.concatenate(kept_classes), profit
-    )
+        predictor.learn(entries)
+    return [chosen.matrix(each.kind) for chosen, each in zip(kept, matrices, strict=True)]
 
 
-def _best_transform(vectors: Floats, place: Place) -> int:
-    """The transform after which the leading vectors are cheapest, by a rough measure."""
-    leading = vectors[:4]
-    best, best_bits = NO_TRANSFORM, float(np.log2(1 + np.abs(leading)).sum())
-    joined = leading.reshape(-1)
+class _Kept:
+    """The components of a matrix that pay: up to the first wave with one that does not."""
+
+    def __init__(self) -> None:
+        self.is_done = False
+        self._exponents: list[int] = []
+        self._entries: list[Integers] = []
+        self._classes: list[Classes] = []
+        self._profit = 0.0
+
+    def take(
+        self, exponents: Integers, entries: Integers, classes: Classes, profits: npt.NDArray[np.float64]
+    ) -> None:
+        """Take those of a wave's components that pay."""
+        if self.is_done:
+            return
+        pays = profits > 0
+        self._exponents += exponents[pays].tolist()
+        self._entries.append(entries[pays])
+        self._classes.append(classes[pays])
+        self._profit += float(profits[pays].sum())
+        self.is_done = not pays.all()
+
+    def matrix(self, kind: int) -> QuantisedMatrix | None:
+        """All that was kept."""
+        if not self._exponents:
+            return None
+        entries, classes = np.concatenate(self._entries), np.concatenate(self._classes)
+        return QuantisedMatrix(tuple(self._exponents), kind, entries, classes, self._profit)
+
+
+def _best_transform(vectors: Floats, place: Place) -> tuple[int, Floats]:
+    """The transform after which the leading vectors are cheapest, by a rough measure, and all after it."""
+    joined = vectors[:_LEADING].reshape(-1)
     smooth = _SMOOTH * float(joined @ joined)
-    for kind in (ALONG, *place.widths):
-        if joined[:-kind] @ joined[kind:] <= smooth:
-            continue
-        bits = float(np.log2(1 + np.abs(transform(leading, kind))).sum()) * 1.02 + 8
+    kinds = [kind for kind in (ALONG, *place.widths) if joined[:-kind] @ joined[kind:] > smooth]
+    best, best_vectors = NO_TRANSFORM, vectors
+    best_bits = _rough_bits(vectors) if kinds else 0.0
+    for kind in kinds:
+        transformed = transform(vectors, kind)
+        bits = _rough_bits(transformed) * 1.02 + 8
         if bits < best_bits:
-            best, best_bits = kind, bits
-    return best
+            best, best_vectors, best_bits = kind, transformed, bits
+    return best, best_vectors
+
+
+def _rough_bits(vectors: Floats) -> float:
+    return float(np.log2(1 + np.abs(vectors[:_LEADING])).sum())
 
 
 def _quantised(
-    vectors: Floats, classes: Classes, exponents: Integers, rows: int
+    vectors: Floats, classes: Classes, exponents: Integers, starts: npt.NDArray[np.int64]
 ) -> tuple[Integers, npt.NDArray[np.float64]]:
-    """Entries of some components, and each one's profit.
+    """Entries of some components, and each one's profit in each matrix, shape ``(components, matrices)``.
 
     A component is left · rightᵀ 2^(−e) and orthogonal to all others, so that a · bᵀ 2^(−e) in its place saves
     (2 ⟨left, a⟩⟨right, b⟩ − |a|²|b|²) 4^(−e).
@@ -177,19 +255,20 @@ def _quantised(
     entries = np.zeros(vectors.shape, np.int32)
     entries.reshape(-1)[places] = np.copysign(quantised, vectors.take(places))
 
-    # Sums of each component's a and b: differences of running sums.
+    # Sums of each side: differences of running sums.
     sums = np.zeros((3, places.size + 1))
     np.multiply(quantised, magnitudes, out=sums[0, 1:])
     np.multiply(quantised, quantised, out=sums[1, 1:])
     np.multiply(_MORE_BITS.take(numbers), quantised, out=sums[2, 1:])
     sums[2, 1:] += _FIRST_BITS.take(numbers)
     np.cumsum(sums, axis=1, out=sums)
-    starts = np.arange(len(vectors))[:, None] * vectors.shape[1] + np.array([0, rows])
-    ends = places.searchsorted([*starts.reshape(-1).tolist(), vectors.size])
-    overlaps, squares, bits = np.diff(sums.take(ends, axis=1)).reshape(3, -1, 2)
-    saved = (2 * overlaps.prod(axis=1) - squares.prod(axis=1)) * np.exp2(-2.0 * exponents)
-    bits = bits.sum(axis=1) + _ZERO_BITS.take(classes).sum(axis=1)
-    return entries, saved - _PRICE * (bits + _COMPONENT_BITS)
+    sides = np.arange(len(vectors))[:, None] * vectors.shape[1] + starts
+    ends = places.searchsorted(np.append(sides, vectors.size))
+    overlaps, squares, bits = np.diff(sums.take(ends, axis=1)).reshape(3, *exponents.shape, 2)
+    saved = 2 * overlaps[..., 0] * overlaps[..., 1] - squares[..., 0] * squares[..., 1]
+    zero_bits = np.add.reduceat(_ZERO_BITS.take(classes), starts[::2], axis=1)
+    costs = bits[..., 0] + bits[..., 1] + zero_bits + _COMPONENT_BITS
+    return entries, saved * np.exp2(-2.0 * exponents) - _PRICE * costs
 
 
 def remainder_of(values: Floats, step: float, columns: int, product: Product | None) -> Remainder:
@@ -229,6 +308,8 @@ def quantise_scalars(remainder: Remainder, step: np.float32) -> QuantisedScalars
         step: no product with it may be beyond float32.
     """
     magnitudes = np.abs(remainder.values)
+    if magnitudes @ magnitudes <= _PRICE * _SCALARS_BITS:  # all the error that could be saved
+        return None
     paying = magnitudes >= _threshold(magnitudes, remainder.size)
     places, magnitudes = remainder.places[paying], magnitudes[paying]
     quantised = np.minimum(np.maximum(np.floor(magnitudes + np.float32(0.4)), 1), largest_scalar(step))
@@ -241,11 +322,14 @@ def quantise_scalars(remainder: Remainder, step: np.float32) -> QuantisedScalars
     return QuantisedScalars(Scalars(places, signed), number, profit)
 
 
-def scalars_profit(values: Floats, step: float) -> float:
-    """About what :func:`quantise_scalars` would save without factors, from a sample."""
+def scalars_save_more(values: Floats, step: float, profit: float) -> bool:
+    """Whether :func:`quantise_scalars` would have a higher profit without factors, judged by a sample."""
     stride = max(1, values.size // _SAMPLE)
-    sample = quantise_scalars(remainder_of(values[::stride], step, 1, None), np.float32(1))
-    return 0.0 if sample is None else sample.profit * stride
+    remainder = remainder_of(np.ascontiguousarray(values[::stride]), step, 1, None)
+    if float(remainder.values @ remainder.values) * stride <= profit:  # all the error that could be saved
+        return False
+    sample = quantise_scalars(remainder, np.float32(1))
+    return sample is not None and sample.profit * stride > profit
 
 
 def _threshold(magnitudes: Floats, size: int) -> float:

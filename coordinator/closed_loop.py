@@ -8,7 +8,17 @@ ones stay with the writer.
 
 from dataclasses import dataclass
 
-from coordinator.model_grid import FIRST, Place, first_on_grid, next_on_grid, spread_after, step_exponents
+import numpy as np
+
+from coordinator.model_grid import (
+    FIRST,
+    Doubles,
+    Place,
+    first_on_grid,
+    next_on_grid,
+    spread_after,
+    step_exponents,
+)
 from coordinator.settings import Publish
 from fedtide.wire.ids import ModelVersion
 from fedtide.wire.model_blob import ModelFormat
@@ -75,9 +85,13 @@ class ClosedLoop:
             return Version.of(number, target, Place(sequence=sequence))
         spread = newest.place.spread
         if self._target is not None:
-            spread = spread_after(spread, target - self._target, schema)
+            spread = spread_after(spread, _change(self._target, target), schema)
         elif not spread:  # of the version published before, only what devices hold is known
-            spread = spread_after(spread, target - newest.parameters, schema)
+            spread = spread_after(spread, _change(newest.parameters, target), schema)
         steps = step_exponents(spread, target, self._settings.step, schema)
         parameters = next_on_grid(newest.parameters, target, steps, schema)
         return Version.of(number, parameters, Place(sequence=sequence, spread=spread))
+
+
+def _change(before: Vector, after: Vector) -> Doubles:
+    return np.subtract(after, before, dtype=np.float64)  # of two float32 that are finite, always finite

@@ -222,8 +222,11 @@ class Journal:
 
     def add_published(self, published: Published, keep: int) -> None:
         """Record that a version is about to be offered, and forget all but the last ``keep``."""
+        # Where its file was lost, devices are offered the same version in other parameters.
         self._database.execute(
-            "INSERT OR IGNORE INTO published VALUES (?, ?, ?, ?)",
+            "INSERT INTO published VALUES (?, ?, ?, ?) ON CONFLICT (version) DO UPDATE SET"
+            " fingerprint = excluded.fingerprint, moment = excluded.moment, exact = excluded.exact"
+            " WHERE fingerprint != excluded.fingerprint",
             (published.version, published.fingerprint, published.moment, published.exact),
         )
         self._database.execute(

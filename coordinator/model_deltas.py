@@ -83,7 +83,7 @@ class Catalogue:
         wanted = _segment_start(published.sequence)
         earlier = [end for end in self._ends.values() if end.index and end.sequence == wanted]
         if _ends_segment(published.sequence):
-            earlier = [*self._within_reach(published.sequence)]
+            earlier = [*self._before(published.sequence)]
         if len(published.deltas) <= 1 and not earlier:
             return None
         index = DeltaIndex(
@@ -110,6 +110,10 @@ class Catalogue:
     def _within_reach(self, sequence: int) -> Iterator[Published]:
         # From the newest version of a segment onwards, the oldest version in reach may be 7 before its end.
         return (end for end in self._ends.values() if end.sequence >= sequence - REACH)
+
+    def _before(self, sequence: int) -> Iterator[Published]:
+        # A head that is issued anew finds its own version here.
+        return (end for end in self._within_reach(sequence) if end.sequence < sequence)
 
 
 def _row(version: ModelVersion, blob: BlobRef) -> IndexRow:

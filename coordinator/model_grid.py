@@ -135,7 +135,7 @@ def next_on_grid(previous: Vector, target: Vector, steps: Sequence[int], schema:
     return following
 
 
-def spread_after(before: Spread, change: Vector, schema: Schema) -> Spread:
+def spread_after(before: Spread, change: Vector | Doubles, schema: Schema) -> Spread:
     """The spread with what changed last; a geometric mean, so that it soon forgets.
 
     Args:

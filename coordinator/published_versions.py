@@ -1,6 +1,7 @@
 """The published versions: made by the closed loop, durable before any device sees one, and found again.
 
-Files and journal are used by one thread at a time: call ``make`` and ``save`` in the journal's thread.
+Versions are made and saved one after the other: no other is made between the two. The journal is used by one
+thread at a time: call ``save`` in the journal's thread.
 """
 
 import time

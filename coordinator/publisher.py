@@ -104,15 +104,16 @@ class Publisher:
         self.version: Version | None = None
         self.training = True
         self.released = released
-        self._announced: Released | None = None
+        self._announced: Version | None = None
+        self._announced_release: Released | None = None
         self.issued = 0.0
         self.keyframe_bytes: int | None = None
         self.delta_bytes: int | None = None
 
     @property
-    def release_is_news(self) -> bool:
-        """Whether no head has named the released version yet."""
-        return self.released is not self._announced
+    def has_news(self) -> bool:
+        """Whether no head has named the version, or the released version, yet."""
+        return self.version is not self._announced or self.released is not self._announced_release
 
     def state_message(self, *, online: bool) -> bytes:
         """The sealed coordinator state, also used as the will."""
@@ -162,7 +163,8 @@ class Publisher:
         """Deltas of earlier versions are left out from here on; they could not be sent again."""
         self._shelf.forget()
         self._catalogue.clear()
-        self._anew, self._blobs = True, None
+        if not self._anew:  # else what is encoded already is right: the connection before this was lost early
+            self._anew, self._blobs = True, None
 
     async def _offer(self, connection: Connection, version: Version) -> None:
         released = self.released
@@ -171,7 +173,7 @@ class Publisher:
         head = self._head(version, offer)
         sealed = seal(head, self._identity.key, HEAD_DOMAIN)
         await connection.publish(HEAD.name(self._settings.fleet), sealed, retain=True)
-        self.issued, self._announced = head.issued, released
+        self.issued, self._announced, self._announced_release = head.issued, version, released
         self._catalogue.add(offer.model)
         self._anew = False
         self.keyframe_bytes = offer.keyframe.size_bytes

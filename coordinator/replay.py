@@ -23,16 +23,25 @@ class _MadeBases:
     """Bases during a replay.
 
     Versions that it made itself are kept to their last use, because a busy fleet removes their files long
-    before the next snapshot. Earlier ones come from where they are kept.
+    before the next snapshot. Earlier ones come from where they are kept, perhaps only as devices hold them.
     """
 
-    def __init__(self, earlier: Bases, last_uses: Mapping[ModelVersion, int]) -> None:
+    def __init__(
+        self, earlier: Bases, last_uses: Mapping[ModelVersion, int], published: Mapping[ModelVersion, bytes]
+    ) -> None:
         self._earlier = earlier
         self._last_uses = last_uses
+        self._published = published
         self._made: dict[ModelVersion, Vector] = {}
 
     def __call__(self, version: ModelVersion) -> Vector:
-        return self._made[version] if version in self._made else self._earlier(version)
+        if version in self._made:
+            return self._made[version]
+        parameters = self._earlier(version)
+        expected = self._published.get(version)
+        if expected is not None and expected != fingerprint(parameters):
+            raise FileNotFoundError(f"version {version} is not kept as it was aggregated")
+        return parameters
 
     def note(self, number: int, state: ModelState) -> None:
         """Entry ``number`` was applied and gave ``state``."""
@@ -68,7 +77,7 @@ def replay(
     """
     published = {row.version: row.exact or row.fingerprint for row in journal.published()}
     needed = state.rules.aggregator.needs_base
-    made = _MadeBases(bases, journal.last_uses(sequence, needed=needed))
+    made = _MadeBases(bases, journal.last_uses(sequence, needed=needed), published)
     made.note(sequence, state)
     number = sequence
     for number, entry in journal.entries_after(sequence):

@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 _TICK_S: Final = 0.25
 _STATUS_EVERY_TICKS: Final = 2
+_PUBLISH_AGAIN_EVERY_TICKS: Final = 8
 
 
 class CoordinatorService:
@@ -79,6 +80,7 @@ class CoordinatorService:
         self._began = time.monotonic()
         self._stop_reason: str | None = None
         self._published_at = float("-inf")
+        self._publishing = asyncio.Lock()  # the last version may come while the one before is on its way
         self._roster = Roster(directory / "roster", settings.max_devices)
         self._epoch = recovered.journal.next_epoch()
         bases = base_parameters(recovered.models, plan)
@@ -192,6 +194,10 @@ class CoordinatorService:
             await self._publish_newest(pace.every_versions)
 
     async def _publish_newest(self, every_versions: int) -> None:
+        async with self._publishing:
+            await self._make_and_publish(every_versions)
+
+    async def _make_and_publish(self, every_versions: int) -> None:
         connection, state = self._reception.connection, self.committer.committed
         newest = self._publisher.version
         due = newest is None or state.version - newest.number >= every_versions
@@ -199,14 +205,13 @@ class CoordinatorService:
             log.error("Version %d is not finite and is not published", state.version,
                       extra={"event": "version.not_finite"})  # fmt: skip
             due = False
-        if connection is None or not (due or self._publisher.release_is_news):
+        if connection is None or not (due or self._publisher.has_news):
             return
         self._published_at = time.monotonic()
         try:
             if due:
-                version = await self._journal_thread.run(
-                    lambda: self._versions.make(state.version, state.parameters)
-                )
+                # Not in the journal's thread: the commits of updates would wait for it.
+                version = await asyncio.to_thread(self._versions.make, state.version, state.parameters)
                 await self._publisher.publish(connection, version)
             else:
                 await self._publisher.renew(connection, everything=False)
@@ -233,6 +238,8 @@ class CoordinatorService:
             self._stop_reason = self._stop_condition()
             if ticks % _STATUS_EVERY_TICKS == 0:
                 self._write_status("running")
+            if ticks % _PUBLISH_AGAIN_EVERY_TICKS == 0 and self._publisher.has_news:
+                self._new_version.set()  # the broker refused it, or was lost before it took it
 
     async def _renew_head(self) -> None:
         connection = self._reception.connection

@@ -109,6 +109,11 @@ class FeedbackFile:
         write_durably(self._applied_path, _HEAD.pack(_MAGIC, zlib.crc32(body)) + body, sync=self._sync)
         self._is_settled = True
 
+    def drop(self, counter: Counter) -> None:
+        """Nobody knows whether an update was applied: carry nothing on, if the feedback is about this one."""
+        if counter == self.counter and not self._is_settled:
+            self._forget()
+
     def _load(self) -> Feedback | None:
         path = self._path
         try:

@@ -13,6 +13,7 @@ from fedtide.wire.chunks import MAX_CHUNK_BYTES, check_ref, join_blob
 from fedtide.wire.ids import BlobId, FleetId
 from fedtide.wire.link import Connection, LinkDown
 from fedtide.wire.messages import BlobRef
+from fedtide.wire.model_blob import OVERHEAD_BYTES
 from fedtide.wire.topics import BLOB_CHUNK
 
 _OUTSTANDING: Final = 4
@@ -34,13 +35,14 @@ class Fetcher:
 
     Attributes:
         fleet: whose blobs.
-        max_bytes: larger blobs are refused.
+        max_bytes: larger models are refused, and blobs that could not be one of this size.
     """
 
     fleet: FleetId
     max_bytes: int
     _blob: BlobId | None = None
     _count: int = 0
+    _chunk_bytes: int = 0
     _chunks: dict[int, bytes] = field(default_factory=dict)
     _arrived: asyncio.Event = field(default_factory=asyncio.Event)
     _head_came: bool = False
@@ -65,10 +67,11 @@ class Fetcher:
                 since the fetch began.
             LinkDown: the connection was lost; chunks that came are kept for the next attempt.
         """
-        check_ref(ref, self.max_bytes)
+        check_ref(ref, self.max_bytes + OVERHEAD_BYTES)
         self._head_came = False
-        if ref.id != self._blob:
-            self._blob, self._count, self._chunks = ref.id, ref.chunks, {}
+        if (ref.id, ref.chunks, ref.chunk_bytes) != (self._blob, self._count, self._chunk_bytes):
+            self._blob, self._count, self._chunk_bytes = ref.id, ref.chunks, ref.chunk_bytes
+            self._chunks = {}  # the same blob may have been published anew in other chunks
         missing = [index for index in range(ref.chunks) if index not in self._chunks]
         for start in range(0, len(missing), _OUTSTANDING):
             await self._pull(connection, ref, missing[start : start + _OUTSTANDING])

@@ -136,11 +136,19 @@ class ModelSlots:
         return next((to_bytes(vector) for sha256, vector in found if sha256 == parameters_sha256), None)
 
     def plan_blob(self, plan: PlanId) -> bytes | None:
-        """A plan's blob, if it is here."""
-        if self._opened is not None and self._opened.plan.id == plan:
-            return self._opened.blob
-        file = self._plan_file(plan)
-        return file.read_bytes() if file.exists() else None
+        """A plan's blob, if it is here and whole."""
+        for opened in (self._opened, self._candidate):
+            if opened is not None and opened.plan.id == plan:
+                return opened.blob
+        try:
+            blob = self._plan_file(plan).read_bytes()
+            self.plan(blob, plan)
+        except FileNotFoundError:
+            return None
+        except (WireError, WrongModel) as error:
+            log.warning("Plan %s is not usable: %s", plan, error, extra={"event": "slot.damaged"})
+            return None
+        return blob
 
     def plan(self, blob: bytes, wanted: PlanId) -> Plan:
         """The plan in a blob, verified; what is fetched next is bounded by its schema.

@@ -18,7 +18,7 @@ from fedtide.wire.ids import BlobId, ModelVersion
 from fedtide.wire.link import Connection
 from fedtide.wire.messages import BlobRef, Head, ModelDelta
 from fedtide.wire.model_blob import DeltaIndex, changed_parameters, keyframe_parameters, max_keyframe_bytes
-from fedtide.wire.parameters import Schema, Vector, fingerprint
+from fedtide.wire.parameters import FLOAT32, Schema, Vector, fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -100,8 +100,10 @@ class ModelSource:
             held: an older version of the same plan, if there is one.
 
         Raises:
+            FrameTooLarge: such models are larger than this device accepts.
             LinkDown, FetchFailed, WireError: not even the keyframe could be had.
         """
+        self._check_size(schema)
         if held is not None and held.version < head.version:
             parameters = await self._over_deltas(head, schema, held)
             if parameters is not None:
@@ -112,12 +114,20 @@ class ModelSource:
         """The parameters in a keyframe.
 
         Raises:
+            FrameTooLarge: such models are larger than this device accepts.
             LinkDown, FetchFailed, WireError: it could not be had.
         """
+        self._check_size(schema)
         limit = max_keyframe_bytes(schema)
         if ref.size_bytes > limit:
             raise FrameTooLarge(ref.size_bytes, limit)
         return keyframe_parameters(await self._fetch(ref), version, schema)
+
+    def _check_size(self, schema: Schema) -> None:
+        """Of the parameters in memory: a blob of a few bytes can hold many zeros."""
+        size_bytes, limit = FLOAT32.itemsize * schema.size, self._fetcher.max_bytes
+        if size_bytes > limit:
+            raise FrameTooLarge(size_bytes, limit)
 
     async def _over_deltas(self, head: Head, schema: Schema, held: HeldModel) -> Vector | None:
         """The parameters, or None where the keyframe takes fewer bytes or nothing else is left."""

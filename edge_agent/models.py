@@ -93,7 +93,11 @@ class Models:
             self._note_idle_fetch()
         plan_blob = await self._plan_blob(head)
         schema = self._slots.plan(plan_blob, head.plan).manifest.schema
-        parameters = await self._source.parameters(head, schema, self._held(head))
+        held = self._held(head)
+        if held and self.newest and self.newest.head.parameters_sha256 == head.parameters_sha256:
+            parameters = held.parameters  # the coordinator began anew, at the version it had
+        else:
+            parameters = await self._source.parameters(head, schema, held)
         self.newest = self._slots.install(newest.sealed, head, plan_blob, to_bytes(parameters))
         self._mailbox.never_below(head)
         return self.newest

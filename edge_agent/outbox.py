@@ -85,6 +85,10 @@ class Outbox:
         """Whether any of it has left this device, as far as is known."""
         return counter in self._sent
 
+    def was_damaged(self, counter: Counter) -> bool:
+        """Whether this update was found damaged and set aside: what became of it is not known."""
+        return self._set_aside(self._file(counter)).exists()
+
     def remove(self, counter: Counter) -> None:
         """Forget an update: its receipt has come."""
         # Not synced: should a power cut bring it back, the coordinator knows it and answers "duplicate".
@@ -98,6 +102,10 @@ class Outbox:
     def _file(self, counter: Counter) -> Path:
         return self._directory / f"{counter}.update"
 
+    @staticmethod
+    def _set_aside(file: Path) -> Path:
+        return file.with_suffix(".damaged")
+
     def _read_counter(self, clock: Callable[[], float]) -> int:
         try:
             return int((self._directory / "counter").read_text())
@@ -109,7 +117,7 @@ class Outbox:
         for file in self._directory.glob("*.update"):
             envelope = _read(file)
             if envelope is None:
-                file.replace(file.with_suffix(".damaged"))
+                file.replace(self._set_aside(file))
                 log.error("%s is damaged and was set aside", file, extra={"event": "outbox.damaged"})
                 continue
             counter = Counter(int(file.stem))

@@ -71,9 +71,11 @@ class Sender:
         settings = self._settings
         attempts = count()
         while True:
-            unsent = not self._outbox.was_sent(pending.counter)
+            # One that carries what earlier ones left out stays: from the same version, what would take its
+            # place is the same again, and both together would be twice too much.
+            stays = self._outbox.was_sent(pending.counter) or self._submission.has_feedback(pending.counter)
             try:
-                connection = await self._mailbox.online(settings.training.retrain_after_s if unsent else None)
+                connection = await self._mailbox.online(None if stays else settings.training.retrain_after_s)
             except TimeoutError:
                 return None
             try:
@@ -86,7 +88,7 @@ class Sender:
             if receipt.reason is Reason.UNKNOWN_DEVICE:
                 await asyncio.sleep(receipt.retry_after_s)  # until the operator has enrolled this device
                 continue
-            self._submission.settle(pending.counter, receipt.verdict)
+            self._submission.settle(pending.counter, receipt.verdict, receipt.reason)
             self._count(receipt)
             return receipt.retry_after_s
 

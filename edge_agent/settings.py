@@ -45,7 +45,8 @@ class LocalTraining(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         threads: of one step; 1 is best on a busy or small machine.
         max_memory_mb: working memory of a step in MiB, if less than the plan's own limit.
         same_version_again: train again on a version already trained on, instead of waiting for a newer one.
-        retrain_after_s: an update that could not be sent for so long gives way to a newer one.
+        retrain_after_s: an update that could not be sent for so long gives way to a newer one, unless its
+            codec has error feedback.
     """
 
     local_epochs: Count | None = None

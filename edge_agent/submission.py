@@ -16,12 +16,27 @@ from edge_agent.outbox import Outbox
 from edge_agent.plan_runtime import LocalResult
 from edge_agent.settings import FEEDBACK_FILE, AgentSettings
 from fedtide.wire.ids import Counter
-from fedtide.wire.messages import Verdict
+from fedtide.wire.messages import Reason, Verdict
 from fedtide.wire.signatures import SigningKey
 
 log = logging.getLogger(__name__)
 
 _OUTBOX: Final = "outbox"
+_NOT_LOOKED_UP: Final = frozenset(
+    {
+        Reason.MALFORMED,
+        Reason.TOO_LARGE,
+        Reason.UNSUPPORTED_VERSION,
+        Reason.WRONG_DEVICE,
+        Reason.BAD_SIGNATURE,
+        Reason.REPLAYED_COUNTER,
+    }
+)
+"""Refused before the coordinator looked whether it had applied the update, or because it no longer knows.
+
+A disk that was put back to an earlier state sends an update again after later ones; and whoever can publish
+in a device's place can send a bad chunk that bears an update's digest.
+"""
 
 
 class Submission:
@@ -51,6 +66,7 @@ class Submission:
         self._clock = clock
         self._has_told = False
         self._drop_superseded()
+        self._drop_unknown()
 
     def submit(self, model: InstalledModel, result: LocalResult) -> None:
         """Put what training on ``model`` gave into the outbox.
@@ -67,17 +83,32 @@ class Submission:
             self._feedback.keep(update.feedback)
         self.outbox.put(counter, update.envelope)
 
-    def settle(self, counter: Counter, verdict: Verdict) -> None:
-        """An update's receipt has come. Applied before is applied; what was rejected is carried on."""
+    def settle(self, counter: Counter, verdict: Verdict, reason: Reason | None = None) -> None:
+        """An update's receipt has come. Applied before is applied; what was rejected is carried on.
+
+        Where it may have been applied before nevertheless, it is not: nothing may be applied twice.
+        """
         if verdict is not Verdict.REJECTED:
             self._feedback.settle(counter)
+        elif reason in _NOT_LOOKED_UP:
+            self._feedback.drop(counter)
         self.outbox.remove(counter)
+
+    def has_feedback(self, counter: Counter) -> bool:
+        """Whether this update's receipt decides on what the next one carries."""
+        return counter == self._feedback.counter
 
     def _drop_superseded(self) -> None:
         """After a power cut: what was never sent and is in a later update's feedback must not be sent now."""
         last = self._feedback.counter
         while last is not None and (old := self.outbox.oldest()) is not None and old.counter < last:
             self.outbox.remove(old.counter)
+
+    def _drop_unknown(self) -> None:
+        """A damaged update may have been applied, and no receipt will say so."""
+        last = self._feedback.counter
+        if last is not None and self.outbox.was_damaged(last):
+            self._feedback.drop(last)
 
     def _tell_once_what_is_left_behind(self, share: float) -> None:
         if share < 1 and not self._has_told:

@@ -65,6 +65,15 @@ def test_a_finer_step_follows_more_closely():
     assert error(1.0) < error(4.0) < error(16.0)
 
 
+def test_a_model_that_jumps_from_end_to_end_of_float32_stops_nothing():
+    """The difference, 6e38, is no float32 any more."""
+    loop = ClosedLoop(Publish(), SCHEMA, None)
+    for number, value in enumerate((3e38, -3e38, 1.0)):
+        version = loop.version(number, constant(value))
+    assert np.isfinite(version.place.spread).all()
+    assert np.isfinite(version.parameters).all()
+
+
 def test_settings_name_the_format_and_the_step():
     text = '[publish]\nformat = "float32"\nstep = 4.0\ndeltas = false\n'
     publish = msgspec.toml.decode(text, type=dict[str, Publish])["publish"]
@@ -164,6 +173,19 @@ def test_the_journal_keeps_both_fingerprints(tmp_path):
     (row,) = Journal(tmp_path / "journal.sqlite").published()
     assert (row.fingerprint, row.exact) == (version.fingerprint, fingerprint(model))
     assert row.fingerprint != row.exact
+
+
+def test_where_the_models_were_lost_the_journal_has_what_is_offered_now(tmp_path):
+    """What devices held of a version is not in the journal; what they are offered instead must be."""
+    models = list(walk(3))
+    versions = opened(tmp_path)
+    held = [publish(versions, number, model) for number, model in enumerate(models)]
+    for file in (tmp_path / "models").iterdir():
+        file.unlink()
+    again = publish(opened(tmp_path), 2, models[2])
+    assert again.fingerprint != held[2].fingerprint  # or this test would say nothing
+    *_, row = Journal(tmp_path / "journal.sqlite").published()
+    assert (row.version, row.fingerprint, row.exact) == (2, again.fingerprint, fingerprint(models[2]))
 
 
 def test_a_fleet_that_goes_over_to_the_grid_begins_it_anew(tmp_path):

@@ -16,14 +16,17 @@ from coordinator.aggregation import FedBuff
 from coordinator.closed_loop import ClosedLoop
 from coordinator.model_blobs import BlobMaker
 from coordinator.model_grid import first_on_grid
+from coordinator.model_state import initial_state
 from coordinator.publisher import Identity, Publisher
-from coordinator.settings import Evaluation, Publish, ReleaseGate
+from coordinator.recovery import recover
+from coordinator.replay import replay
+from coordinator.settings import Evaluation, Publish, ReleaseGate, Stop
 from coordinator.shelf import Shelf
 from edge_agent.fetch import Fetcher, FetchFailed
 from edge_agent.model_source import HeldModel, ModelSource
 from fedtide.wire.chunks import join_blob
 from fedtide.wire.ids import BlobId
-from fedtide.wire.link import LinkDown
+from fedtide.wire.link import LinkDown, PublishRefused
 from fedtide.wire.messages import Head
 from fedtide.wire.model_blob import ModelFormat, keyframe_parameters
 from fedtide.wire.parameters import Schema, TensorSpec, fingerprint
@@ -246,6 +249,29 @@ def test_a_connection_that_is_lost_while_deltas_are_sent_costs_nothing_but_time(
     assert asyncio.run(scenario())
 
 
+def test_what_was_encoded_for_a_broker_that_forgot_is_kept_for_the_next_connection():
+    """Or a link that breaks more often than that takes would never bring a head."""
+
+    async def scenario():
+        fleet, looked_up = Fleet(), []
+        await fleet.publish(training(4))
+        fleet.publisher._maker._earlier = lambda sequence: (
+            looked_up.append(sequence) or fleet.earlier(sequence)
+        )
+        for number in range(3):
+            fleet.connections.append(RecordingConnection())
+            if number < 2:
+                fleet.connection.lose()
+                with pytest.raises(LinkDown):
+                    await fleet.publisher.renew(fleet.connection, everything=True)
+            else:
+                await fleet.publisher.renew(fleet.connection, everything=True)
+        await fleet.take(fleet.versions[-1], fleet.versions[0])
+        return looked_up
+
+    assert asyncio.run(scenario()) == [2, 1, 0]
+
+
 def test_the_next_run_clears_what_this_one_left(tmp_path):
     async def scenario():
         before = Fleet(tmp_path / "shelf")
@@ -393,3 +419,60 @@ def test_a_restarted_coordinator_offers_the_same_version_to_the_bit_and_goes_on_
     # The update that was trained on it is still known by it.
     published = run(tmp_path, settings, nothing).service._writer.published
     assert published[3] == before[-1].parameters_sha256
+
+
+async def becomes(condition):
+    while not condition():  # noqa: ASYNC110 - what is waited for announces nothing
+        await asyncio.sleep(0.005)
+
+
+def test_the_last_version_does_not_get_into_the_record_of_the_one_before(tmp_path):
+    """The run stops while the version before the last waits to be offered."""
+    settings = make_settings(aggregator=FedBuff(goal=1), publish=ON_THE_GRID, stop=Stop(versions=2))
+
+    async def main(fleet, running):
+        service, zero = fleet.service, fleet.heads()[0].parameters_sha256
+        delta = np.arange(8, dtype=np.float32) * 0.01
+        gate = fleet.connection.hold(HEAD)
+        renewal = asyncio.create_task(service._publisher.renew(fleet.connection, everything=False))
+        fleet.send(update(1, base_sha256=zero, delta=delta))
+        await becomes(lambda: service._versions.newest.number == 1)
+        fleet.send(update(2, base_sha256=zero, delta=delta))
+        await becomes(lambda: service._writer.stopped)
+        await asyncio.wait([running], timeout=0.05)  # now it would make version 2
+        gate.set()
+        await renewal
+        await running
+
+    fleet = run(tmp_path, settings, main)
+    assert [head.version for head in fleet.heads()][-1] == 2
+    opened = recover(tmp_path / "state", settings, PLAN)
+    made = {0: None}  # whole numbers: on the grid as they are
+    replay(
+        opened.journal,
+        initial_state(PLAN.initial, opened.state.rules),
+        0,
+        schema=PLAN.plan.manifest.schema,
+        bases=opened.models.base,
+        on_version=lambda state: made.setdefault(state.version, fingerprint(state.parameters)),
+    )
+    assert {row.version: row.exact for row in opened.journal.published()} == made
+    opened.close()
+
+
+def test_a_version_that_the_broker_refused_is_offered_again(tmp_path):
+    """No other version comes of itself: the devices may all be waiting for this one."""
+    refused = []
+
+    def refuse(publication):
+        if "/b/" in publication.topic and publication.payload and not refused:
+            refused.append(publication)
+            raise PublishRefused("quota exceeded")
+
+    async def main(fleet, _running):
+        fleet.connection.on_publish = refuse
+        await send_each(fleet, [1])
+        return refused
+
+    fleet = run(tmp_path, make_settings(aggregator=FedBuff(goal=1), publish=ON_THE_GRID), main)
+    assert len(fleet.outcome) == 1

@@ -160,7 +160,7 @@ def test_a_published_version_keeps_the_fingerprint_of_its_own_parameters(journal
     assert journal.published() == [row]
 
 
-def test_a_version_published_again_keeps_its_first_fingerprint(journal):
+def test_a_version_published_again_keeps_its_first_moment(journal):
     journal.add_published(Published(1, b"first", 1.0), keep=3)
     journal.add_published(Published(1, b"first", 2.0), keep=3)
     assert journal.published() == [Published(1, b"first", 1.0)]

@@ -80,6 +80,14 @@ def test_the_index_of_a_segments_end_names_those_of_all_ends_within_reach():
     assert sorted(index.indexes()) == [3 * end for end in range(192, 320, SEGMENT)]
 
 
+def test_a_head_issued_anew_has_the_same_index():
+    catalogue, index = filled(16)
+    catalogue.add(published(16))
+    again = frame.from_frame(catalogue.index(published(16), 4096), DeltaIndex)
+    assert again == index
+    assert sorted(again.indexes()) == [0, 24]
+
+
 def test_there_is_no_index_that_would_say_no_more_than_the_head():
     catalogue = Catalogue()
     assert catalogue.index(published(0), 4096) is None

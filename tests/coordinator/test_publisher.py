@@ -11,7 +11,7 @@ from small_fleet import FLEET, PLAN, SCHEMA, constant, device_key, make_settings
 from coordinator.closed_loop import Version
 from coordinator.model_blobs import BlobMaker
 from coordinator.publisher import Identity, Publisher
-from coordinator.settings import Publish, Update
+from coordinator.settings import Later, Publish, Update
 from coordinator.shelf import Shelf
 from fedtide.wire.chunks import join_blob
 from fedtide.wire.link import LinkDown
@@ -97,6 +97,32 @@ def test_the_head_says_what_a_device_must_know():
     assert head.training
     assert (head.issued, head.expires) == (1000.0, 1050.0)
     assert head.update_codec.id == "float16"
+
+
+def test_the_head_asks_for_the_codec_parameters_of_its_version():
+    later = (
+        Later(from_version=2, codec_parameters={"step": 4.0}),
+        Later(from_version=4, codec_parameters={"bits_per_parameter": 0.5}),
+    )
+    publisher = make_publisher(
+        update=Update(codec="ecsq", codec_parameters={"step": 16.0}, later=later),
+    )
+
+    async def scenario():
+        connection = RecordingConnection()
+        for number in (1, 2, 3, 5):  # a version that a change begins with need not be published itself
+            await publisher.publish(connection, version(number))
+        await publisher.renew(connection, everything=False)
+        return heads(connection)
+
+    asked = [(head.version, head.update_codec.parameters) for head in asyncio.run(scenario())]
+    assert asked == [
+        (1, {"step": 16.0}),
+        (2, {"step": 4.0}),
+        (3, {"step": 4.0}),
+        (5, {"bits_per_parameter": 0.5}),
+        (5, {"bits_per_parameter": 0.5}),
+    ]
 
 
 def test_a_version_is_durable_before_any_of_it_is_sent():

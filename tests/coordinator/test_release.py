@@ -227,15 +227,15 @@ def test_models_that_a_lost_connection_kept_from_being_cleared_are_cleared_on_th
     assert left == kept | {heads(connection)[0].plan_blob.id}
 
 
-def test_a_release_is_news_until_a_head_names_it():
+def test_a_has_news_until_a_head_names_it():
     async def scenario():
         connection, publisher = RecordingConnection(), make_publisher(release=GATE)
         await publisher.publish(connection, version(1))
-        assert not publisher.release_is_news
+        assert not publisher.has_news
         publisher.released = Released(version(1), "")
-        assert publisher.release_is_news
+        assert publisher.has_news
         await publisher.renew(connection, everything=False)
-        assert not publisher.release_is_news
+        assert not publisher.has_news
         return connection
 
     assert [head.release and head.release.version for head in heads(asyncio.run(scenario()))] == [None, 1]

@@ -11,7 +11,7 @@ from small_fleet import DEVICES, assert_same_state, constant, make_settings, mak
 
 from coordinator.aggregation import FedAsync, FedAvg, FedBuff
 from coordinator.entries import RulesEntry, UpdateEntry
-from coordinator.journal import JournalDamaged
+from coordinator.journal import JournalDamaged, Published
 from coordinator.replay import ReplayMismatch
 from coordinator.server_optimizers import SGD, Adam, Momentum, Yogi
 from coordinator.settings import Journal, Publish, Update
@@ -296,3 +296,23 @@ def test_overwritten_pages_are_damage(open_bench, tmp_path):
     path.write_bytes(bytes(content))
     with pytest.raises(JournalDamaged):
         open_bench(settings)
+
+
+def test_a_base_that_is_kept_only_as_devices_hold_it_is_made_anew(open_bench):
+    """FedAsync needs it as it was aggregated; that file was lost, and the snapshot is of a later version."""
+    settings = make_settings(aggregator=FedAsync(mixing=0.5), publish=KEPT)
+    bench = open_bench(settings)
+    bench.send(make_update(constant(0.3)))
+    aggregated, held = bench.state.parameters, bench.state.parameters + np.float32(0.25)
+    bench.recovered.models.save(1, held, exact=aggregated)
+    bench.journal.add_published(Published(1, fingerprint(held), 0.0, fingerprint(aggregated)), keep=1000)
+    bench.writer.published[1] = fingerprint(held)
+    bench.send(make_update(constant(0.2), counter=2))
+    bench.snapshot()
+    bench.send(make_update(constant(0.1), counter=3, base_version=1, base_sha256=fingerprint(held)))
+    live = bench.state
+    assert live.version == 3
+    bench.close()
+    (exact,) = (bench.recovered.models._directory.parent / "exact").iterdir()
+    exact.unlink()
+    assert_same_state(open_bench(settings).state, live)

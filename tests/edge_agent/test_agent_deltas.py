@@ -76,6 +76,24 @@ def test_deltas_go_on_from_what_an_earlier_run_of_the_agent_installed(world: Wor
     run(main)
 
 
+def test_a_coordinator_that_began_anew_at_the_same_version_costs_no_fetch(world: World) -> None:
+    async def main() -> None:
+        first = Release(1)
+        await world.coordinator.publish(first)
+        world.start(world.agent())
+        await world.coordinator.answer(await world.coordinator.updates.get())
+        await until(lambda: not world.outbox_files())
+        await world.stop()
+        head = msgspec.structs.replace(first.head, epoch=first.head.epoch + 1, full_blob=OUT_OF_REACH)
+        sealed = seal(head, COORDINATOR_KEY, HEAD_DOMAIN)
+        world.broker.take(Published(topics.HEAD.name(FLEET), sealed, 1, retain=True))
+        world.start(world.agent())
+        assert (await world.coordinator.updates.get()).envelope.header.base_version == 1
+        await world.stop()
+
+    run(main)
+
+
 def test_a_delta_of_another_plan_is_not_added(world: World) -> None:
     async def main() -> None:
         await world.coordinator.publish(Release(1))

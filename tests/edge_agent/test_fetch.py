@@ -13,6 +13,7 @@ from fedtide.wire.chunks import MAX_CHUNK_BYTES, blob_ref, split
 from fedtide.wire.errors import BlobMismatch, FrameTooLarge, MalformedFrame
 from fedtide.wire.link import Connection, LinkDown
 from fedtide.wire.messages import BlobRef
+from fedtide.wire.model_blob import OVERHEAD_BYTES
 from fedtide.wire.topics import BLOB_CHUNK
 
 CONTENT: Final = np.random.default_rng(11).bytes(97)
@@ -252,9 +253,37 @@ def test_chunks_that_are_not_the_announced_bytes_are_refused_and_fetched_anew() 
     run(main)
 
 
+def test_a_blob_that_was_published_anew_in_other_chunks_is_fetched_anew() -> None:
+    async def main() -> None:
+        fetcher = new_fetcher()
+        source = ChunkSource(fetcher)
+        source.breaks_after = 1  # four chunks of 10 bytes are here
+        with pytest.raises(LinkDown):
+            await fetched(fetcher, source)
+        source.breaks_after = None
+        smaller = blob_ref(CONTENT, 5)
+        source.held = {
+            BLOB_CHUNK.name(FLEET, blob=smaller.id, index=index): piece
+            for index, piece in enumerate(split(CONTENT, 5))
+        }
+        assert await fetched(fetcher, source, smaller) == CONTENT
+
+    run(main)
+
+
+def test_the_largest_model_may_come_whole() -> None:
+    """A keyframe of floats is longer than its parameters: it also says what it is."""
+
+    async def main() -> None:
+        fetcher = new_fetcher(max_bytes=97 - OVERHEAD_BYTES)
+        assert await fetched(fetcher, ChunkSource(fetcher)) == CONTENT
+
+    run(main)
+
+
 def test_a_blob_that_is_too_large_or_inconsistent_is_refused_before_anything_is_subscribed() -> None:
     async def main() -> None:
-        fetcher = new_fetcher(max_bytes=96)
+        fetcher = new_fetcher(max_bytes=97 - OVERHEAD_BYTES - 1)
         source = ChunkSource(fetcher)
         with pytest.raises(FrameTooLarge):
             await fetched(fetcher, source)

@@ -135,6 +135,27 @@ def test_parameters_that_are_not_the_heads_are_refused_and_nothing_is_written(tm
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
+def test_a_plan_that_is_damaged_on_disk_is_not_here(tmp_path: Path) -> None:
+    """It would be taken for the coordinator's, and refused, for ever."""
+    install(open_slots(tmp_path), Release(1))
+    (file,) = (tmp_path / "plans").iterdir()
+    file.write_bytes(torn(file.read_bytes()))
+    slots = open_slots(tmp_path)
+    assert slots.newest() is None
+    assert slots.plan_blob(Release(2).plan.id) is None
+    assert install(slots, Release(2)).head.version == 2
+    assert slots.plan_blob(Release(2).plan.id) == Release(2).plan_blob
+    assert version_on_disk(tmp_path) == 2
+
+
+def test_a_plan_is_here_once_it_was_fetched_even_if_its_parameters_are_not(tmp_path: Path) -> None:
+    """While a keyframe cannot be had, the plan is not fetched again with every attempt."""
+    slots, release = open_slots(tmp_path), Release(1)
+    slots.plan(release.plan_blob, release.plan.id)
+    assert slots.plan_blob(release.plan.id) == release.plan_blob
+    assert slots.plan_blob(tiny_plan("curve").id) is None
+
+
 def torn(content: bytes) -> bytes:
     return content[: len(content) // 2]
 

@@ -327,6 +327,21 @@ def test_a_keyframe_beyond_the_plans_bound_is_refused_before_it_is_fetched() -> 
     scenario(main)
 
 
+def test_a_model_beyond_the_devices_bound_is_refused_before_anything_is_fetched() -> None:
+    """Blobs are compressed: a small one can hold more parameters than the device has memory for."""
+
+    async def main(line: Line) -> None:
+        line.shelves.max_bytes = 4 * SCHEMA.size - 1
+        head = line.head(9, [line.delta(8, 9)])
+        with pytest.raises(FrameTooLarge, match="4,000 bytes; at most 3,999"):
+            await line.source.parameters(head, SCHEMA, line.held(8))
+        with pytest.raises(FrameTooLarge):
+            await line.source.keyframe(head.full_blob, head.version, SCHEMA)
+        assert line.shelves.fetched == []
+
+    scenario(main)
+
+
 def test_a_keyframe_of_another_version_is_refused() -> None:
     async def main(line: Line) -> None:
         with pytest.raises(BlobMismatch):

@@ -30,7 +30,7 @@ from fedtide.wire import codecs
 from fedtide.wire.durable import write_durably
 from fedtide.wire.envelope import open_update
 from fedtide.wire.ids import Counter, PlanId
-from fedtide.wire.messages import CodecRequest, Verdict
+from fedtide.wire.messages import CodecRequest, Reason, Verdict
 from fedtide.wire.parameters import Vector
 
 SCHEMA: Final = tiny_plan().manifest.schema
@@ -103,6 +103,50 @@ def test_a_rejected_update_is_carried_on_whole(tmp_path: Path) -> None:
     assert made.outbox.oldest() is None
     made.submit(model_of(), result_of(5, 5, 5))
     assert oldest(made).delta.tolist() == [8, 8, 8]  # of 5 + 5
+
+
+@pytest.mark.parametrize("reason", [Reason.REPLAYED_COUNTER, Reason.TOO_LARGE, Reason.MALFORMED])
+def test_a_refusal_that_does_not_say_whether_it_was_applied_before_carries_nothing_on(
+    tmp_path: Path, reason: Reason
+) -> None:
+    """A disk that was put back to an earlier state, or a stranger who sends a bad chunk under its name."""
+    made = submission(tmp_path)
+    made.submit(model_of(), result_of(5, 5, 5))
+    made.settle(oldest(made).counter, Verdict.REJECTED, reason)
+    assert made.outbox.oldest() is None
+    again = submission(tmp_path)
+    again.submit(model_of(), result_of(5, 5, 5))
+    assert oldest(again).delta.tolist() == [4, 4, 4]  # of 5, not of 10
+
+
+def test_a_judged_rejection_carries_on_whatever_its_reason(tmp_path: Path) -> None:
+    made = submission(tmp_path)
+    made.submit(model_of(), result_of(5, 5, 5))
+    made.settle(oldest(made).counter, Verdict.REJECTED, Reason.TOO_STALE)
+    made.submit(model_of(), result_of(5, 5, 5))
+    assert oldest(made).delta.tolist() == [8, 8, 8]  # of 5 + 5
+
+
+def test_a_refusal_of_another_update_leaves_what_is_carried(tmp_path: Path) -> None:
+    made = submission(tmp_path)
+    made.submit(model_of(), result_of(5, 5, 5))
+    counter = oldest(made).counter
+    made.settle(Counter(counter - 1), Verdict.REJECTED, Reason.REPLAYED_COUNTER)
+    made.settle(counter, Verdict.APPLIED)
+    made.submit(model_of(), result_of(3, 3, 3))
+    assert oldest(made).delta.tolist() == [4, 4, 4]  # of 1 + 3
+
+
+def test_an_update_that_is_damaged_in_the_outbox_is_not_carried_on(tmp_path: Path) -> None:
+    """It may have been sent and applied: its receipt will never be asked for."""
+    made = submission(tmp_path)
+    made.submit(model_of(), result_of(5, 5, 5))
+    (file,) = (tmp_path / "outbox").glob("*.update")
+    file.write_bytes(file.read_bytes()[:-1])
+    assert submission(tmp_path).outbox.oldest() is None
+    again = submission(tmp_path)  # nor after one more restart
+    again.submit(model_of(), result_of(5, 5, 5))
+    assert oldest(again).delta.tolist() == [4, 4, 4]  # of 5, not of 10
 
 
 def test_a_superseded_update_is_carried_on_whole(tmp_path: Path) -> None:
@@ -327,29 +371,29 @@ class Ledger:
         self._device.outbox.note_sent(update.counter)
         if not step.arrives:
             return
-        verdict = self._judge(update, step.verdict)
+        verdict, reason = self._judge(update, step.verdict)
         if not step.is_answered:
             return
         self._disk.changes_left = step.cut_after
         try:
-            self._device.settle(update.counter, verdict)
+            self._device.settle(update.counter, verdict, reason)
         except PowerCut:
             self._restart(brings_back=step.brings_back)
         self._disk.changes_left = None
 
-    def _judge(self, update: Sent, verdict: Verdict) -> Verdict:
+    def _judge(self, update: Sent, verdict: Verdict) -> tuple[Verdict, Reason | None]:
         """As the coordinator's writer does: a counter is judged once, and below the highest never."""
         known = self._verdicts.get(update.counter)
         if known is not None:
-            return Verdict.DUPLICATE if known is Verdict.APPLIED else known
+            return Verdict.DUPLICATE if known is Verdict.APPLIED else known, None
         if any(counter > update.counter for counter in self._verdicts):
-            return Verdict.REJECTED
+            return Verdict.REJECTED, Reason.REPLAYED_COUNTER
         if update.plan != model_of(self._plan).plan.id:
             verdict = Verdict.REJECTED
         self._verdicts[update.counter] = verdict
         if verdict is Verdict.APPLIED and update.counter in self._carried:
             self.applied += update.delta
-        return verdict
+        return verdict, None
 
     def _restart(self, *, brings_back: bool) -> None:
         self._disk.fail(brings_back=brings_back)

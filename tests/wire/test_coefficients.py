@@ -75,6 +75,44 @@ def test_the_longest_gaps_and_largest_magnitudes_come_back() -> None:
     assert_round_trip([coefficients], [DENSE])
 
 
+@pytest.mark.parametrize("scale", [0.1, 3.0, 20_000.0])
+def test_many_classes_are_read_side_by_side(scale: float) -> None:
+    # Few nonzeros, many, and many of which some are beyond int16.
+    drawn = [laplace(count, scale, count) for count in (300, 0, 50, 1000)]
+    defaults = [SPARSE] * 4
+    reader = CoefficientReader(memoryview(encode_classes(drawn, defaults)), defaults, 1350)
+    first, rest = np.full(160, 7, np.int32), np.full(1190, 7, np.int32)
+    reader.read_each(np.array([100, 0, 50, 10]), first)
+    reader.read_each(np.array([200, 0, 0, 990]), rest)
+    assert np.array_equal(first, np.concatenate([drawn[0][:100], drawn[2], drawn[3][:10]]))
+    assert np.array_equal(rest, np.concatenate([drawn[0][100:], drawn[3][10:]]))
+    reader.finish()
+
+
+def test_more_large_coefficients_than_allowed_are_rejected() -> None:
+    coefficients = np.ones(100, np.int32)
+    coefficients[[3, 50, 99]] = 32_767, 32_768, -32_768
+    payload = memoryview(encode_classes([coefficients], [DENSE]))
+    reader = CoefficientReader(payload, [DENSE], 100, max_large=2)
+    assert np.array_equal(reader.take(0, 100), coefficients)
+    assert reader.peak == 32_768
+    with pytest.raises(MalformedPayload, match="more than 1 coefficients are beyond"):
+        CoefficientReader(payload, [DENSE], 100, max_large=1)
+
+
+def test_nonzeros_are_taken_with_their_places_from_few_and_from_many() -> None:
+    for scale in (0.1, 3.0, 20_000.0):
+        coefficients = laplace(1000, scale)
+        payload = memoryview(encode_classes([integers(0, 5), coefficients], [SPARSE] * 2))
+        reader = CoefficientReader(payload, [SPARSE] * 2, 1002)
+        places, found = reader.take_nonzeros(1, 300)
+        assert np.array_equal(places, np.flatnonzero(coefficients[:300]))
+        assert np.array_equal(found, coefficients[:300][places])
+        places, found = reader.take_nonzeros(1)
+        assert np.array_equal(found, coefficients[300:][places])
+        assert found.size == np.count_nonzero(coefficients[300:])
+
+
 def test_a_class_is_taken_piece_by_piece_and_between_other_classes() -> None:
     first, second = laplace(1000, 0.4), laplace(500, 2)
     defaults = [SPARSE, DENSE]

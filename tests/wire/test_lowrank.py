@@ -41,7 +41,8 @@ from fedtide.wire.codecs.lowrank.products import (
     product_of,
     transform,
 )
-from fedtide.wire.codecs.lowrank.quantiser import QuantisedMatrix, QuantisedScalars
+from fedtide.wire.codecs.lowrank.quantiser import QuantisedMatrix
+from fedtide.wire.codecs.lowrank.scalars import QuantisedScalars
 from fedtide.wire.codecs.lowrank.stream import QuantisedTensor, write_tensors
 from fedtide.wire.codecs.rate import Rate, Request
 from fedtide.wire.errors import MalformedPayload
@@ -199,6 +200,20 @@ def test_float32_and_float64_and_any_order_of_additions_give_the_same_bits() -> 
     assert np.array_equal(written(permuted, 0.1), expected)
     sums = product.left[:5].T @ product.right[:5] + product.left[5:].T @ product.right[5:]
     assert np.array_equal((sums * np.float32(0.1)).reshape(-1), expected)
+
+
+@pytest.mark.parametrize("largest", [255, 256, 4095])
+@pytest.mark.parametrize("step", [255 / 256, 257 / 256, 2.0**-90, 3 * 2.0**-64])
+def test_the_step_may_be_multiplied_first_or_last(largest: int, step: float) -> None:
+    # 255 * 257 = 2^16 - 1 times a step of 8 bits fits into 24 bits; 256 * 257, or a step of 9 bits, may not.
+    left, right = np.array([[largest, 1, 0]], np.int32), np.array([[257, -255, 3]], np.int32)
+    product = product_of(left, right, (0,), 0, Scalars(np.array([1, 8]), np.array([7, -1], np.int32)))
+    assert product.exact_in_float32
+    sums = left.T.astype(np.float64) @ right
+    sums[0, 1] += 7
+    sums[2, 2] -= 1
+    expected = sums.astype(np.float32) * np.float32(step)
+    assert np.array_equal(written(product, step), expected.reshape(-1))
 
 
 def test_a_product_that_float32_may_not_hold_is_computed_in_float64() -> None:

@@ -22,7 +22,7 @@ def finest_within(encoded: Callable[[float], bytes], budget_bytes: int, guess: f
 
     Args:
         encoded: the payload of a step, in units of the delta's rms.
-        budget_bytes: of the payload.
+        budget_bytes: of the payload; one of 0 bytes is met by none.
         guess: the first step tried.
     """
     place = min(max(round(log2(guess) * _PER_OCTAVE), _FINEST), _COARSEST)
@@ -30,7 +30,7 @@ def finest_within(encoded: Callable[[float], bytes], budget_bytes: int, guess: f
     too_many, best = 0, b""
     stride = _PER_OCTAVE // 2
     interpolate = True
-    while fitting - too_fine > 1 and len(best) < _CLOSE * budget_bytes:
+    while fitting - too_fine > 1 and not _CLOSE * budget_bytes <= len(best) > 0:
         payload = encoded(2.0 ** (place / _PER_OCTAVE))
         if len(payload) <= budget_bytes:
             fitting, best = place, payload

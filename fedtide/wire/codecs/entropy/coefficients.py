@@ -40,6 +40,7 @@ _PARTS: Final = 64
 """Blocks that many tokens are worked on in, so that what a block takes hardly counts."""
 _SMALLEST_BLOCK: Final = 1 << 11
 _LARGEST_BLOCK: Final = 1 << 15
+_SMALLEST_BLOCK_OF_COEFFICIENTS: Final = 1 << 13
 
 Integers = npt.NDArray[np.int32]
 Numbers = npt.NDArray[np.integer]
@@ -97,7 +98,9 @@ def _token_blocks(coefficients: Coefficients) -> Iterator[_Tokens]:
         raise ValueError(
             f"a class of {coefficients.size:,} coefficients; it must have fewer than {LARGEST:,}"
         )
-    size = max(coefficients.size // _PARTS, _LARGEST_BLOCK)
+    tokens_at_once = max(coefficients.size // _PARTS, _SMALLEST_BLOCK_OF_COEFFICIENTS)
+    parts = 1 + int(np.count_nonzero(coefficients)) // tokens_at_once
+    size = max(1, -(-coefficients.size // parts))
     before = -1
     for start in range(0, coefficients.size, size):
         block = coefficients[start : start + size]
@@ -175,8 +178,8 @@ class CoefficientReader:
         if max_large is None:
             max_large = max_coefficients
         self._nonzeros, ends = _decoded(payload, defaults, max_coefficients, max_large)
-        self._ends = ends.tolist()
-        self._next = [0, *self._ends][:-1]
+        self._ends = ends
+        self._next = np.concatenate([_START, ends])[:-1]
 
     def take(self, class_index: int, count: int) -> Integers:
         """The next ``count`` coefficients of a class, new and writeable."""
@@ -189,6 +192,11 @@ class CoefficientReader:
         start, end = self._advance(class_index, out.size)
         self._nonzeros.place(start, end, out)
 
+    def read_each(self, counts: Fields, out: Integers) -> None:
+        """Fill ``out`` with the next ``counts[c]`` coefficients of every class c, class by class."""
+        starts, self._next = self._next, np.minimum(self._next + counts, self._ends)
+        self._nonzeros.place_each(starts, self._next, np.cumsum(counts) - counts, out)
+
     def take_nonzeros(self, class_index: int, count: int | None = None) -> tuple[Integers, Integers]:
         """Which of the next ``count`` coefficients of a class are not zero, ascending from 0, and these.
 
@@ -199,7 +207,7 @@ class CoefficientReader:
 
     def _advance(self, class_index: int, count: int | None) -> tuple[int, int]:
         """Where the next coefficients of a class begin and end among those of all classes."""
-        start, end = self._next[class_index], self._ends[class_index]
+        start, end = int(self._next[class_index]), int(self._ends[class_index])
         if count is not None and count < end - start:
             end = start + count
         self._next[class_index] = end
@@ -216,9 +224,9 @@ class CoefficientReader:
         Raises:
             MalformedPayload: a class is longer than what was asked of it.
         """
-        for number, (taken, end) in enumerate(zip(self._next, self._ends, strict=True)):
+        for number, (taken, end) in enumerate(zip(self._next.tolist(), self._ends.tolist(), strict=True)):
             if taken < end:
-                first = self._ends[number - 1] if number else 0
+                first = int(self._ends[number - 1]) if number else 0
                 raise MalformedPayload(
                     f"class {number} has {end - first:,} coefficients; {taken - first:,} of them have a place"
                 )
@@ -310,6 +318,7 @@ def _signs(payload: memoryview, seeds: rans.Bits, count: int) -> tuple[rans.Bits
     return negative[:count], payload[byte_count:]
 
 
+_START: Final = np.zeros(1, np.int64)
 _NO_SYMBOLS: Final = np.empty(0, np.uint8)
 _NO_WIDTHS: Final = np.empty((0, 2), np.uint8)
 _NO_NUMBERS: Final = np.empty((0, 2), np.int32)

@@ -66,6 +66,20 @@ class Nonzeros:
             positions, values = self._listed(start, end)
             out[positions] = values
 
+    def place_each(self, starts: Fields, ends: Fields, targets: Fields, out: Integers) -> None:
+        """Write the coefficients of several ranges to several places, and zeros everywhere else."""
+        out.fill(0)
+        if self._dense.size:
+            for start, end, target in zip(starts.tolist(), ends.tolist(), targets.tolist(), strict=True):
+                out[target : target + end - start] = self._dense[start:end]
+        if self._positions.size:
+            firsts, lasts = self._positions.searchsorted(np.array([starts, ends], np.int32))
+            counts = lasts - firsts
+            listed = np.repeat(lasts - np.cumsum(counts), counts)
+            listed += np.arange(listed.size)
+            places = self._positions[listed] + np.repeat(targets - starts, counts)
+            out[places] = self._values[listed]
+
     def between(self, start: int, end: int) -> tuple[Integers, Integers]:
         """Places from ``start`` on, and values, of the nonzero coefficients up to ``end``."""
         if not self._dense.size:

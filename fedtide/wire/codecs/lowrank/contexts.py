@@ -102,7 +102,7 @@ class Predictor:
         return classes
 
     def learn(self, components: Integers) -> None:
-        """Take a wave's entries into the history: shaped like ``classes``, zeros where a component is missing."""
+        """Take a wave's entries into the history: shaped as ``classes``, zeros where no component is."""
         history = self._history
         history[: components.shape[1]] += np.add.reduce(np.abs(components), axis=0, dtype=np.int32)
         smoothed = history * np.int32(_OWN_WEIGHT)

@@ -9,13 +9,8 @@ from fedtide.wire.codecs.budget import finest_within
 from fedtide.wire.codecs.lowrank.factors import Decomposition, Floats, decompose
 from fedtide.wire.codecs.lowrank.layout import STEP_BYTES, ZEROS, Place, places_of, step_bits, step_of
 from fedtide.wire.codecs.lowrank.products import product_of
-from fedtide.wire.codecs.lowrank.quantiser import (
-    QuantisedMatrix,
-    quantise_factors,
-    quantise_scalars,
-    remainder_of,
-    scalars_save_more,
-)
+from fedtide.wire.codecs.lowrank.quantiser import QuantisedMatrix, quantise_factors
+from fedtide.wire.codecs.lowrank.scalars import quantise_scalars, remainder_of, scalars_save_more
 from fedtide.wire.codecs.lowrank.stream import QuantisedTensor, write_tensors
 from fedtide.wire.codecs.rate import FINEST_STEP, Request
 from fedtide.wire.errors import MalformedPayload

@@ -5,6 +5,7 @@ Source: Halko, Martinsson, Tropp, Finding structure with randomness, SIAM Review
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -87,6 +88,7 @@ def _orthonormal(vectors: Floats) -> Floats:
     return basis
 
 
+@lru_cache(maxsize=8)
 def _signs(rows: int, columns: int) -> Floats:
     """Ones and minus ones without a pattern: one bit of a multiplicative hash of the place."""
     hashed = np.arange(1, rows * columns + 1, dtype=np.uint32) * np.uint32(2654435761)

@@ -30,6 +30,10 @@ _SMALLEST_FOLDED: Final = 2.0**-64
 """Of a step with which factors are multiplied before they are: no product comes near subnormal numbers."""
 _BLOCK: Final = 1 << 16
 """Elements that are computed in float64 at once."""
+_BANDS: Final = np.float32(0.5) * np.array(
+    [[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, -1, 1], [1, -1, 1, -1]], np.float32
+)
+"""Walsh and Hadamard's matrix of four, its own inverse."""
 _CONSTANT_GAIN: Final = np.array([16, -8, -8, -8], np.int32)
 """Sixteenths of an octave by which the bands of a smooth vector are larger than the vector."""
 
@@ -91,27 +95,19 @@ def _images(vectors: Floats, width: int) -> tuple[Floats, Floats]:
 
 
 def _forward(vectors: Floats) -> Floats:
-    whole = vectors.shape[-1] // 4 * 4
-    first, second, third, fourth = (vectors[..., place:whole:4] for place in range(4))
-    outer, inner = first + fourth, second + third
-    rise, bend = first - fourth, second - third
-    bands = np.concatenate([outer + inner, rise + bend, outer - inner, rise - bend], axis=-1)
-    bands *= np.float32(0.5)
-    return np.concatenate([bands, vectors[..., whole:]], axis=-1)
+    *others, length = vectors.shape
+    count = length // 4
+    blocks = vectors[..., : 4 * count].reshape(-1, 4) @ _BANDS
+    bands = blocks.reshape(*others, count, 4).swapaxes(-1, -2).reshape(*others, 4 * count)
+    return np.concatenate([bands, vectors[..., 4 * count :]], axis=-1) if length % 4 else bands
 
 
 def _backward(bands: Floats) -> Floats:
-    vectors = bands.copy()
-    count = bands.shape[-1] // 4
-    whole = 4 * count
-    first, second, third, fourth = (
-        bands[..., band * count : (band + 1) * count] * np.float32(0.5) for band in range(4)
-    )
-    outer, inner = first + third, first - third
-    rise, bend = second + fourth, second - fourth
-    for place, values in enumerate((outer + rise, inner + bend, inner - bend, outer - rise)):
-        vectors[..., place:whole:4] = values
-    return vectors
+    *others, length = bands.shape
+    count = length // 4
+    blocks = bands[..., : 4 * count].reshape(*others, 4, count).swapaxes(-1, -2).reshape(-1, 4)
+    vectors = (blocks @ _BANDS).reshape(*others, 4 * count)
+    return np.concatenate([vectors, bands[..., 4 * count :]], axis=-1) if length % 4 else vectors
 
 
 @dataclass(frozen=True)
@@ -212,10 +208,12 @@ def product_of(
     Raises:
         MalformedPayload: float64 cannot hold all partial sums.
     """
-    lefts = np.ldexp(left.astype(np.float32), -np.array(exponents, np.int32)[:, None])
-    rights = inverse(right.astype(np.float32), kind)
-    largest = np.abs(lefts).max(axis=1, initial=0) * np.abs(rights).max(axis=1, initial=0).astype(np.float64)
-    bound = float(largest.sum())
+    lefts, rights, bound = left.astype(np.float32), right.astype(np.float32), 0.0
+    if exponents:
+        lefts *= np.ldexp(np.float32(1), -np.array(exponents))[:, None]  # exact, as exp2 need not be
+        rights = inverse(rights, kind)
+        largest = np.abs(lefts).max(axis=1) * np.abs(rights).max(axis=1).astype(np.float64)
+        bound = float(largest.sum())
     if scalars is not None:
         bound += float(np.abs(scalars.values).max(initial=0))
     fraction_bits = max(exponents, default=0) + min(kind, 2)

@@ -1,66 +1,32 @@
-"""The encoder's choices: rank, dead zone and fallback, by the error they save against the bits they cost.
-
-A choice is good if it lowers error² + _PRICE · bits, with the error in units of the step.
-"""
+"""How many components of each matrix are encoded, with which entries: those that pay, see ``costs``."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from math import log2
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from fedtide.wire.codecs.lowrank.contexts import (
-    CLASSES,
-    MEAN_EXCESSES,
-    MEAN_GAPS,
-    Classes,
-    Integers,
-    Predictor,
-    waves,
-)
+from fedtide.wire.codecs.lowrank.contexts import Classes, Integers, Predictor, waves
+from fedtide.wire.codecs.lowrank.costs import MORE_BITS, ONE_BITS, PRICE, ZERO_BITS
 from fedtide.wire.codecs.lowrank.factors import Decomposition, Floats
-from fedtide.wire.codecs.lowrank.layout import (
-    LARGEST_EXPONENT,
-    LARGEST_FACTOR,
-    Place,
-    largest_scalar,
-)
-from fedtide.wire.codecs.lowrank.products import ALONG, NO_TRANSFORM, Product, Scalars, prior_of, transform
+from fedtide.wire.codecs.lowrank.layout import LARGEST_EXPONENT, LARGEST_FACTOR, Place
+from fedtide.wire.codecs.lowrank.products import ALONG, NO_TRANSFORM, prior_of, transform
 
-_PRICE: Final = 0.12
-"""Of a bit, in squares of the step: the slope of error² over bits of a quantiser with a dead zone."""
 _COMPONENT_BITS: Final = 4
-_SCALARS_BITS: Final = 16
-"""What a component, or a tensor's scalars, add to the headers."""
+"""What a component adds to the headers."""
 _SMALLEST_VALUE: Final = 1.5
 """Of a singular value that is worth a look, in steps: its square, the error it saves, pays for 19 bits."""
 _LEADING: Final = 4
 """Vectors of a matrix that its transform is chosen by."""
 _SMOOTH: Final = 0.2
 """Correlation of neighbours from which on a transform is worth a look."""
-_LEAST: Final = 0.6
-"""Magnitudes below never become 1."""
-_RARE_BITS: Final = 2.5
-"""What a nonzero parameter costs besides its place: its sign and magnitude."""
-_BLOCK: Final = 1 << 16
-"""Elements worked on at once: 256 KiB of float32, which stays in a core's cache."""
-_SAMPLE: Final = 1 << 13
-"""Elements of which the cost of a large tensor is estimated."""
-
-_gaps = np.array(MEAN_GAPS)
-_means = np.array(MEAN_EXCESSES)
-_ZERO_BITS: Final = np.log2(1 + 1 / _gaps)
-_ONE_BITS: Final = 1 + np.log2(1 + _gaps) + np.log2(1 + _means)
-_MORE_BITS: Final = np.log2(1 + 1 / _means)
-"""What a zero, a magnitude of 1 (with its sign) and each further unit of magnitude cost, by class."""
-_FIRST_BITS: Final = _ONE_BITS - _MORE_BITS - _ZERO_BITS
+_FIRST_BITS: Final = ONE_BITS - MORE_BITS - ZERO_BITS
 """What a nonzero costs beyond a zero, less its magnitude times what each unit costs."""
-_OFFSETS: Final = (0.5 - _PRICE / 2 * np.minimum(_MORE_BITS, 3)).astype(np.float32)
+_OFFSETS: Final = (0.5 - PRICE / 2 * np.minimum(MORE_BITS, 3)).astype(np.float32)
 """Added to magnitudes before they are cut to whole numbers."""
-_THRESHOLDS: Final = np.maximum(0.5 + _PRICE / 2 * (_ONE_BITS - _ZERO_BITS), 0.5).astype(np.float32)
+_THRESHOLDS: Final = np.maximum(0.5 + PRICE / 2 * (ONE_BITS - ZERO_BITS), 0.5).astype(np.float32)
 """Magnitudes below become 0: x² - (x - 1)² = 2x - 1 is what a 1 saves."""
 
 
@@ -81,36 +47,6 @@ class QuantisedMatrix:
     entries: Integers
     classes: Classes
     profit: float
-
-
-@dataclass(frozen=True)
-class QuantisedScalars:
-    """Parameters one by one.
-
-    Attributes:
-        scalars: those that are not zero.
-        number: of their class.
-        profit: error² saved, less the price of the bits.
-    """
-
-    scalars: Scalars
-    number: int
-    profit: float
-
-
-@dataclass(frozen=True)
-class Remainder:
-    """What factors leave of a tensor, in units of the step, where it is large.
-
-    Attributes:
-        places: ascending indices, shape ``(large,)``.
-        values: float32, same shape.
-        size: of the tensor.
-    """
-
-    places: npt.NDArray[np.int64]
-    values: Floats
-    size: int
 
 
 @dataclass(frozen=True)
@@ -259,98 +195,13 @@ def _quantised(
     sums = np.zeros((3, places.size + 1))
     np.multiply(quantised, magnitudes, out=sums[0, 1:])
     np.multiply(quantised, quantised, out=sums[1, 1:])
-    np.multiply(_MORE_BITS.take(numbers), quantised, out=sums[2, 1:])
+    np.multiply(MORE_BITS.take(numbers), quantised, out=sums[2, 1:])
     sums[2, 1:] += _FIRST_BITS.take(numbers)
     np.cumsum(sums, axis=1, out=sums)
     sides = np.arange(len(vectors))[:, None] * vectors.shape[1] + starts
     ends = places.searchsorted(np.append(sides, vectors.size))
     overlaps, squares, bits = np.diff(sums.take(ends, axis=1)).reshape(3, *exponents.shape, 2)
     saved = 2 * overlaps[..., 0] * overlaps[..., 1] - squares[..., 0] * squares[..., 1]
-    zero_bits = np.add.reduceat(_ZERO_BITS.take(classes), starts[::2], axis=1)
+    zero_bits = np.add.reduceat(ZERO_BITS.take(classes), starts[::2], axis=1)
     costs = bits[..., 0] + bits[..., 1] + zero_bits + _COMPONENT_BITS
-    return entries, saved * np.exp2(-2.0 * exponents) - _PRICE * costs
-
-
-def remainder_of(values: Floats, step: float, columns: int, product: Product | None) -> Remainder:
-    """What of a tensor is worth a look beside its factors.
-
-    Args:
-        values: float32, shape ``(n,)``.
-        step: in the values' units.
-        columns: of the tensor as a matrix.
-        product: of its factors, in units of the step.
-    """
-    least = _LEAST * step
-    places, remainders = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
-    rows_at_once = max(1, _BLOCK // max(1, columns))
-    left = None if product is None else product.left * np.float32(step)
-    buffer = np.empty((rows_at_once if left is not None else 0, columns), np.float32)
-    for row in range(0, values.size // max(1, columns), rows_at_once):
-        start = row * columns
-        block = values[start : start + rows_at_once * columns]
-        if product is not None and left is not None:
-            some = left[:, row : row + rows_at_once].T
-            products = np.matmul(some, product.right, out=buffer[: len(some)]).reshape(-1)
-            block = np.subtract(block, products, out=products)
-        if block.max() < least and block.min() > -least:
-            continue
-        (large,) = (np.abs(block) >= least).nonzero()
-        places.append(large + start)
-        remainders.append(block[large] * np.float32(1 / step))
-    return Remainder(np.concatenate(places), np.concatenate(remainders), values.size)
-
-
-def quantise_scalars(remainder: Remainder, step: np.float32) -> QuantisedScalars | None:
-    """Quantise parameters one by one; None if that does not pay.
-
-    Args:
-        remainder: of the tensor.
-        step: no product with it may be beyond float32.
-    """
-    magnitudes = np.abs(remainder.values)
-    if magnitudes @ magnitudes <= _PRICE * _SCALARS_BITS:  # all the error that could be saved
-        return None
-    paying = magnitudes >= _threshold(magnitudes, remainder.size)
-    places, magnitudes = remainder.places[paying], magnitudes[paying]
-    quantised = np.minimum(np.maximum(np.floor(magnitudes + np.float32(0.4)), 1), largest_scalar(step))
-    number, bits = _best_class(remainder.size, quantised)
-    saved = float((quantised * (2 * magnitudes.astype(np.float64) - quantised)).sum())
-    profit = saved - _PRICE * (bits + _SCALARS_BITS)
-    if profit <= 0:
-        return None
-    signed = np.copysign(quantised, remainder.values[paying]).astype(np.int32)
-    return QuantisedScalars(Scalars(places, signed), number, profit)
-
-
-def scalars_save_more(values: Floats, step: float, profit: float) -> bool:
-    """Whether :func:`quantise_scalars` would have a higher profit without factors, judged by a sample."""
-    stride = max(1, values.size // _SAMPLE)
-    remainder = remainder_of(np.ascontiguousarray(values[::stride]), step, 1, None)
-    if float(remainder.values @ remainder.values) * stride <= profit:  # all the error that could be saved
-        return False
-    sample = quantise_scalars(remainder, np.float32(1))
-    return sample is not None and sample.profit * stride > profit
-
-
-def _threshold(magnitudes: Floats, size: int) -> float:
-    """From which magnitude on a parameter pays: the rarer they are, the more their places cost.
-
-    Args:
-        magnitudes: of those that are large.
-        size: how many parameters there are.
-    """
-    threshold = _LEAST
-    for _ in range(3):
-        nonzeros = max(int(np.count_nonzero(magnitudes >= threshold)), 1)
-        rarity = log2(max((size - nonzeros) / nonzeros, 2.0**-10))
-        threshold = max(_LEAST, 0.5 + _PRICE / 2 * (rarity + _RARE_BITS))
-    return threshold
-
-
-def _best_class(size: int, magnitudes: Floats) -> tuple[int, float]:
-    """The class in which such nonzeros among so many parameters cost least, and what they cost."""
-    count = magnitudes.size
-    further = float(magnitudes.sum(dtype=np.float64)) - count
-    costs = (size - count) * _ZERO_BITS + count * _ONE_BITS + further * _MORE_BITS
-    number = int(np.argmin(costs[:CLASSES]))
-    return number, float(costs[number])
+    return entries, saved * np.exp2(-2.0 * exponents) - PRICE * costs

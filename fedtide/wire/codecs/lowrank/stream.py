@@ -24,7 +24,8 @@ from fedtide.wire.codecs.lowrank.layout import (
     write_layouts,
 )
 from fedtide.wire.codecs.lowrank.products import Product, Scalars, prior_of, product_of
-from fedtide.wire.codecs.lowrank.quantiser import QuantisedMatrix, QuantisedScalars
+from fedtide.wire.codecs.lowrank.quantiser import QuantisedMatrix
+from fedtide.wire.codecs.lowrank.scalars import QuantisedScalars
 from fedtide.wire.errors import MalformedPayload
 
 _CLASS_STARTS: Final = np.arange(CLASSES, dtype=np.int64) << 32

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtide.wire.codecs import NotFinite, WrongLength, get
+from fedtide.wire.codecs.ecsq import Ecsq
 from fedtide.wire.codecs.entropy.bits import BitReader, BitWriter
 from fedtide.wire.codecs.entropy.coefficients import encode_classes
 from fedtide.wire.codecs.lowrank.contexts import (
@@ -29,6 +30,7 @@ from fedtide.wire.codecs.lowrank.layout import (
     LARGEST_FACTOR,
     Place,
     TensorLayout,
+    most_nonzeros,
     places_of,
     read_layouts,
     write_layouts,
@@ -355,6 +357,23 @@ def test_coefficients_without_a_place_are_refused() -> None:
         LOWRANK.decode(payload_of(layouts, {9: [1, 0, 0, 1]}, schema), schema)
     with pytest.raises(MalformedPayload):
         LOWRANK.decode(payload_of(layouts, {8: [1]}, schema), schema)
+
+
+def test_more_nonzeros_than_factors_are_good_for_are_refused() -> None:
+    schema, layouts = schema_of((10_000,)), [TensorLayout(scalar_class=9)]
+    assert most_nonzeros(10_000) == 10_000 // 8 + 4096 == 5346
+    LOWRANK.decode(payload_of(layouts, {9: [1] * 5346}, schema), schema)
+    with pytest.raises(MalformedPayload):
+        LOWRANK.decode(payload_of(layouts, {9: [1] * 5347}, schema), schema)
+
+
+def test_a_step_that_leaves_more_of_them_gets_a_payload_of_ecsq() -> None:
+    schema = schema_of((100, 100))
+    delta = np.random.default_rng(0).standard_normal(10_000).astype(np.float32)
+    fine = Request(Rate(step=0.25))
+    assert LOWRANK.encode(delta, schema, fine) == b"\1\0" + Ecsq().encode(delta, schema, fine)
+    decoded = LOWRANK.decode(LOWRANK.encode(delta, schema, fine), schema)
+    assert np.abs(decoded - delta).max() < 0.25
 
 
 def test_values_beyond_float32_are_refused_as_not_finite() -> None:

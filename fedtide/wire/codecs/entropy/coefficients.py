@@ -19,7 +19,7 @@ than the coefficients have as float32.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -163,6 +163,7 @@ class CoefficientReader:
         defaults: Sequence[TableChoice],
         max_coefficients: int,
         max_large: int | None = None,
+        max_nonzeros: int | None = None,
     ) -> None:
         """Decode all of the payload.
 
@@ -171,13 +172,17 @@ class CoefficientReader:
             defaults: as for encoding.
             max_coefficients: how many all classes together can have, zeros included.
             max_large: how many of them can be beyond int16; None: all.
+            max_nonzeros: how many of them can be other than zero; None: all.
 
         Raises:
             MalformedPayload: anything is wrong with the payload.
         """
         if max_large is None:
             max_large = max_coefficients
-        self._nonzeros, ends = _decoded(payload, defaults, max_coefficients, max_large)
+        if max_nonzeros is None:
+            max_nonzeros = max_coefficients
+        limits = _Limits(max_coefficients, max_large, min(max_nonzeros, max_coefficients))
+        self._nonzeros, ends = _decoded(payload, defaults, limits)
         self._ends = ends
         self._next = np.concatenate([_START, ends])[:-1]
 
@@ -237,12 +242,21 @@ def _block_size(size: int) -> int:
     return min(max(size // _PARTS, _SMALLEST_BLOCK), _LARGEST_BLOCK)
 
 
+class _Limits(NamedTuple):
+    """How many coefficients there can be, and how many of them beyond int16 and other than zero."""
+
+    coefficients: int
+    large: int
+    nonzeros: int
+
+
 def _decoded(
-    payload: memoryview | BitReader, defaults: Sequence[TableChoice], max_coefficients: int, max_large: int
+    payload: memoryview | BitReader, defaults: Sequence[TableChoice], limits: _Limits
 ) -> tuple[Nonzeros, Fields]:
     """All nonzeros, and where each class ends among their places."""
+    max_coefficients, max_large, left = limits
     header = payload if isinstance(payload, BitReader) else BitReader(payload)
-    counts, choices, left = [], [], max_coefficients
+    counts, choices = [], []
     for default in defaults:
         count = header.get_gamma(left)
         left -= count

@@ -7,8 +7,10 @@ factors, rounded to whole steps, are mostly zeros. See ``layout`` for the payloa
 from typing import Final
 
 from fedtide.wire.codecs.base import UNREQUESTED, NotFinite, WrongLength, check_delta, check_out
+from fedtide.wire.codecs.ecsq import Ecsq
 from fedtide.wire.codecs.lowrank.encoder import Encoder
 from fedtide.wire.codecs.lowrank.layout import (
+    DENSE,
     STEP_BYTES,
     places_of,
     step_of,
@@ -41,6 +43,8 @@ class LowRank:
         view = memoryview(payload).cast("B")
         if not STEP_BYTES <= view.nbytes <= self.max_bytes(schema):
             raise WrongLength(self.codec_id, view.nbytes, self.max_bytes(schema))
+        if bytes(view[:STEP_BYTES]) == DENSE:
+            return Ecsq().decode(view[STEP_BYTES:], schema, out)
         bits = int.from_bytes(view[:STEP_BYTES], "little")
         if bits == 0 and view.nbytes != STEP_BYTES:
             raise WrongLength(self.codec_id, view.nbytes, STEP_BYTES)

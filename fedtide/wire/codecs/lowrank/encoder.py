@@ -6,13 +6,23 @@ from typing import Final
 import numpy as np
 
 from fedtide.wire.codecs.budget import finest_within
+from fedtide.wire.codecs.ecsq import Ecsq
 from fedtide.wire.codecs.lowrank.factors import Decomposition, Floats, decompose
-from fedtide.wire.codecs.lowrank.layout import STEP_BYTES, ZEROS, Place, places_of, step_bits, step_of
+from fedtide.wire.codecs.lowrank.layout import (
+    DENSE,
+    STEP_BYTES,
+    ZEROS,
+    Place,
+    most_nonzeros,
+    places_of,
+    step_bits,
+    step_of,
+)
 from fedtide.wire.codecs.lowrank.products import product_of
 from fedtide.wire.codecs.lowrank.quantiser import QuantisedMatrix, quantise_factors
 from fedtide.wire.codecs.lowrank.scalars import quantise_scalars, remainder_of, scalars_save_more
 from fedtide.wire.codecs.lowrank.stream import QuantisedTensor, write_tensors
-from fedtide.wire.codecs.rate import FINEST_STEP, Request
+from fedtide.wire.codecs.rate import COARSEST_STEP, FINEST_STEP, Rate, Request
 from fedtide.wire.errors import MalformedPayload
 from fedtide.wire.parameters import Schema, Vector
 
@@ -37,11 +47,13 @@ class Encoder:
             ValueError: it holds NaN or an infinity.
         """
         self._rms = _rms(delta)
+        self._original = delta
         self._shift = 0
         if self._rms and not _NORMAL[0] < self._rms < _NORMAL[1]:
             self._shift = -round(np.log2(self._rms))
             delta = np.ldexp(delta, self._shift)
         self._delta = delta
+        self._schema = schema
         self._places = places_of(schema)
         self._decompositions: dict[int, Decomposition] = {}
 
@@ -70,7 +82,14 @@ class Encoder:
         tensors = [self._tensor(place, matrices.get(place.start), step_of(bits)) for place in self._places]
         if all(tensor.matrix is None and tensor.scalars is None for tensor in tensors):
             return ZEROS
+        if sum(tensor.nonzeros for tensor in tensors) > most_nonzeros(self._delta.size):
+            return DENSE + self._without_factors(step)
         return bits.to_bytes(STEP_BYTES, "little") + write_tensors(tensors, self._places)
+
+    def _without_factors(self, step: float) -> bytes:
+        """What ``ecsq`` makes of the delta with this step: so fine that factors save little."""
+        ratio = min(max(step / self._rms, FINEST_STEP), COARSEST_STEP)
+        return Ecsq().encode(self._original, self._schema, Request(Rate(step=ratio), self._rms))
 
     def _shifted(self, step: np.float32) -> float:
         """A step in units of the delta that is encoded."""

@@ -6,7 +6,7 @@
     scalars = 0 | 1 class (4)
 
 The numbers in parentheses are bits; brackets hold what depends on the schema or on a rank above 0. A payload
-of two zero bytes is the delta of zeros.
+of two zero bytes is the delta of zeros; after the bytes 1 and 0 follows a payload of ``ecsq``.
 """
 
 from collections.abc import Sequence
@@ -33,6 +33,8 @@ LARGEST_VALUE: Final = float(np.finfo(np.float32).max) * (1 - 2**-22)
 """Of a decoded magnitude, with room for two roundings."""
 STEP_BYTES: Final = 2
 ZEROS: Final = bytes(STEP_BYTES)
+DENSE: Final = b"\1\0"
+"""In place of a step, which is never so small: what follows is a payload of ``ecsq``."""
 """The payload of a delta of zeros."""
 
 _CLASS_BITS: Final = (CLASSES - 1).bit_length()
@@ -122,6 +124,17 @@ def _widths(axes: Sequence[int], columns: int, channels: Sequence[int]) -> tuple
     """Of images that a row may be: a kernel's, a square, a flattened layer's channels."""
     guesses = {axes[-1], isqrt(columns), *(columns // count for count in channels)}
     return tuple(sorted(width for width in guesses if 3 < width <= columns // 2 and columns % width == 0))
+
+
+def most_nonzeros(size: int) -> int:
+    """How many coefficients other than zero a payload may have: decoding takes about 20 bytes for each.
+
+    A step that leaves more is so fine that most of what is sent is noise, which no factors describe.
+
+    Args:
+        size: number of parameters.
+    """
+    return size // 8 + 4096
 
 
 def step_bits(step: float) -> int:

@@ -20,6 +20,7 @@ from fedtide.wire.codecs.lowrank.layout import (
     Place,
     TensorLayout,
     coefficients_of,
+    most_nonzeros,
     read_layouts,
     write_layouts,
 )
@@ -43,6 +44,12 @@ class QuantisedTensor:
 
     matrix: QuantisedMatrix | None
     scalars: QuantisedScalars | None
+
+    @property
+    def nonzeros(self) -> int:
+        """How many coefficients are not zero."""
+        of_factors = 0 if self.matrix is None else int(np.count_nonzero(self.matrix.entries))
+        return of_factors + (0 if self.scalars is None else self.scalars.scalars.values.size)
 
     @property
     def layout(self) -> TensorLayout:
@@ -86,7 +93,9 @@ def read_products(payload: memoryview, places: Sequence[Place]) -> list[Product]
     """
     header = BitReader(payload)
     layouts = read_layouts(header, places)
-    entries = _Entries(CoefficientReader(header.end(), TABLES, coefficients_of(layouts, places)))
+    most = most_nonzeros(sum(place.size for place in places))
+    coefficients = coefficients_of(layouts, places)
+    entries = _Entries(CoefficientReader(header.end(), TABLES, coefficients, max_nonzeros=most))
     factors = _read_factors(entries, _Matrices(layouts, places))
     products = []
     for number, (place, layout) in enumerate(zip(places, layouts, strict=True)):

@@ -7,6 +7,7 @@ from collections import Counter
 from hostile_updates import CASES, Forger
 from whole_fleet import Witness, assert_balanced, audited, coordinator_here, make_fleet, until
 
+from coordinator.model_grid import first_on_grid
 from coordinator.plan.file import load
 from fedtide.wire import topics
 from fedtide.wire.ids import DeviceId
@@ -39,7 +40,7 @@ def forger_of(fleet, key, counter, device=HOSTILE):
         device=device,
         key=key,
         base_version=0,
-        base_sha256=fingerprint(plan.initial),
+        base_sha256=fingerprint(first_on_grid(plan.initial, plan.plan.manifest.schema)),
         counter=counter,
     )
 

@@ -16,7 +16,7 @@ from whole_fleet import (
 
 from broker_config.local import free_port, start_local_broker
 
-STOP_AT_90 = "[stop]\nmetric = 0.9\nseconds = 60.0\n"
+STOP_AT_90 = "[stop]\nmetric = 0.9\nseconds = 150.0\n"
 
 
 def test_eight_devices_train_to_ninety_percent(digits, brokers, tmp_path):
@@ -39,9 +39,9 @@ def test_eight_devices_train_to_ninety_percent(digits, brokers, tmp_path):
     record = audited(fleet)
     assert {device for device, _ in record.updates} == {device.settings.device for device in fleet.devices}
     assert len(record.updates) == seen.updates.applied
-    # A q8 update of this model is 1.2 KB and its envelope half a KB more.
+    # A payload of this model is some dozen bytes, and what is around it 345; events and presence come on top.
     uplink = sum(traffic.sent_bytes for traffic in devices.traffic.values())
-    assert 1200 * seen.updates.applied < uplink < 4000 * (seen.updates.received + 100)
+    assert 350 * seen.updates.applied < uplink < 1000 * (seen.updates.received + 100)
     downlink = sum(traffic.received_bytes for traffic in devices.traffic.values())
     # Each update was trained on a model fetched for it; as float32 that alone would be 4 bytes a parameter.
     assert seen.keyframe_bytes < 2 * seen.parameters

@@ -29,9 +29,11 @@ BATCH: Final = 100
 LONGEST_MEAN_MS: Final = 1.0
 LEAN: Final = 2.0
 """Peak memory over the configured maximum, at most."""
-WITH_ALL_TABLES: Final = 2.25
-"""The same for payloads forged to need a table of 64 KiB for each of their classes: 1 MB whatever the model's
-size, which is as much as the float32 result here."""
+MANY_TABLES: Final = pytest.mark.xfail(
+    strict=True,
+    reason="forged payloads of lowrank need a table of 64 KiB for each of their classes, 1 MB whatever the "
+    "model's size: 2.2 times the maximum here",
+)
 
 every_subject = pytest.mark.parametrize("subject", NAMES, indirect=True)
 every_large_codec = pytest.mark.parametrize("large_codec", CODECS, indirect=True)
@@ -203,8 +205,12 @@ def test_a_million_mutations_give_nothing_but_documented_errors_in_a_millisecond
 
 
 @pytest.mark.long
-@every_large_codec
-def test_no_mutation_of_large_payloads_takes_much_more_memory_than_honest_ones(
+@pytest.mark.parametrize(
+    "large_codec",
+    [pytest.param(name, marks=MANY_TABLES) if name == "lowrank" else name for name in CODECS],
+    indirect=True,
+)
+def test_no_mutation_of_large_payloads_takes_twice_the_configured_maximum(
     large_codec: Subject,
 ) -> None:
     draw = random.Random(7)
@@ -212,7 +218,7 @@ def test_no_mutation_of_large_payloads_takes_much_more_memory_than_honest_ones(
     for _ in range(50):
         worst = max(worst, *shares(large_codec, [large_codec.hostile(draw) for _ in range(20)]))
     print(f"{large_codec.name}: peak {worst:.2f} of the maximum")
-    assert worst < WITH_ALL_TABLES
+    assert worst < LEAN
 
 
 def test_a_subject_that_lets_an_error_through_is_found() -> None:

@@ -5,7 +5,6 @@ While one batch's fsync runs in the journal's thread, the next arrivals gather: 
 
 import asyncio
 import logging
-import time
 from collections import Counter as Tally
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from coordinator.recovery import Recovered
 from coordinator.settings import CoordinatorSettings
 from coordinator.writer import Writer
 from fedtide.wire import topics
+from fedtide.wire.clock import Clock
 from fedtide.wire.ids import DeviceId
 from fedtide.wire.link import Connection, Delivery, LinkDown, PublishRefused
 from fedtide.wire.messages import DownMessage, Receipt
@@ -72,6 +72,7 @@ class Committer:
         *,
         journal_thread: JournalThread,
         key: SigningKey,
+        clock: Clock,
         on_version: Callable[[], None],
     ) -> None:
         self._settings = settings
@@ -79,6 +80,7 @@ class Committer:
         self._recovered = recovered
         self._journal_thread = journal_thread
         self._key = key
+        self._clock = clock
         self._on_version = on_version
         self.accounting = Accounting.from_totals(recovered.journal.totals())
         self.staleness: Tally[int] = Tally()
@@ -89,7 +91,7 @@ class Committer:
         self._work = asyncio.Event()
         self._judged = asyncio.Event()
         self._finishing = False
-        self._buffer_since = time.monotonic() if writer.state.buffer.count else None
+        self._buffer_since = self._clock.now() if writer.state.buffer.count else None
 
     def put(self, waiting: Waiting) -> None:
         """Take something that arrived."""
@@ -179,8 +181,8 @@ class Committer:
         if self._writer.state.buffer.count == 0:
             self._buffer_since = None
         elif self._buffer_since is None:
-            self._buffer_since = time.monotonic()
+            self._buffer_since = self._clock.now()
 
     def _flush_due(self) -> bool:
         limit_s, since = self._settings.flush_after_s, self._buffer_since
-        return limit_s is not None and since is not None and time.monotonic() - since >= limit_s
+        return limit_s is not None and since is not None and self._clock.now() - since >= limit_s

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import math
-import time
 from collections.abc import Callable
 from typing import Final, Protocol
 
@@ -18,6 +17,7 @@ from coordinator.publisher import Publisher, Released
 from coordinator.release_gate import passes, sentence
 from coordinator.settings import CoordinatorSettings
 from coordinator.status import EvaluationPoint
+from fedtide.wire.clock import Clock
 from fedtide.wire.ids import ModelVersion
 from fedtide.wire.parameters import Vector
 
@@ -158,6 +158,7 @@ class HeldOutEvaluation:
         journal: Journal,
         journal_thread: JournalThread,
         releases: Releases,
+        clock: Clock,
     ) -> None:
         self._publisher = publisher
         self._settings = settings.evaluation
@@ -166,9 +167,10 @@ class HeldOutEvaluation:
         self._journal = journal
         self._journal_thread = journal_thread
         self._releases = releases
+        self._clock = clock
         self._new_version = asyncio.Event()
         self._evaluating = asyncio.Lock()  # the end of a run may come while a version is being evaluated
-        self._began = time.monotonic()
+        self._began = self._clock.now()
         self._evaluated: ModelVersion | None = None
         self.points: list[EvaluationPoint] = []
 
@@ -202,13 +204,13 @@ class HeldOutEvaluation:
             self._evaluated = version.number
             return
         loss, metric = _finite(outcome.loss), _finite(outcome.metric)
-        result = EvaluationResult(version.number, loss, metric, time.time())
+        result = EvaluationResult(version.number, loss, metric, self._clock.wall())
         await self._journal_thread.run(lambda: self._journal.add_evaluation(result))
         self._evaluated = version.number
         self.points.append(
             EvaluationPoint(
                 version=version.number,
-                seconds=time.monotonic() - self._began,
+                seconds=self._clock.now() - self._began,
                 updates=self._committer.accounting.applied,
                 loss=loss,
                 metric=metric,

@@ -4,13 +4,14 @@ Versions are made and saved one after the other: no other is made between the tw
 thread at a time: call ``save`` in the journal's thread.
 """
 
-import time
+from collections.abc import Callable
 
 from coordinator.closed_loop import ClosedLoop, Version
 from coordinator.journal import Journal, Published
 from coordinator.model_deltas import REACH
 from coordinator.model_store import ModelStore
 from coordinator.settings import CoordinatorSettings
+from fedtide.wire.clock import SYSTEM_CLOCK
 from fedtide.wire.ids import ModelVersion
 from fedtide.wire.parameters import Schema, Vector, fingerprint
 
@@ -23,14 +24,21 @@ class PublishedVersions:
         schema: of the model.
         models: their files.
         journal: their fingerprints.
+        wall: seconds since 1970.
 
     Attributes:
         newest: the version made last, perhaps by an earlier run.
     """
 
     def __init__(
-        self, settings: CoordinatorSettings, schema: Schema, models: ModelStore, journal: Journal
+        self,
+        settings: CoordinatorSettings,
+        schema: Schema,
+        models: ModelStore,
+        journal: Journal,
+        wall: Callable[[], float] = SYSTEM_CLOCK.wall,
     ) -> None:
+        self._wall = wall
         self._keep = settings.publish.keep_versions
         self._needs_base = settings.aggregator.needs_base
         self._models = models
@@ -70,7 +78,7 @@ class PublishedVersions:
             place=version.place,
             exact=own if rounded and self._needs_base else None,
         )
-        row = Published(version.number, version.fingerprint, time.time(), exact if rounded else None)
+        row = Published(version.number, version.fingerprint, self._wall(), exact if rounded else None)
         self._journal.add_published(row, self._keep)
         self._models.remove_old()
         self._numbers[version.place.sequence] = version.number

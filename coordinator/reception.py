@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -17,6 +16,7 @@ from coordinator.publisher import Publisher
 from coordinator.roster import KeyConflict, Roster, RosterFull
 from coordinator.settings import CoordinatorSettings
 from fedtide.wire import ids, topics
+from fedtide.wire.clock import Clock
 from fedtide.wire.errors import MalformedId
 from fedtide.wire.ids import DeviceId
 from fedtide.wire.link import Connection, Delivery, Dial, LinkDown, PublishRefused, Reconnector, Session, Will
@@ -48,6 +48,8 @@ class Reception:
         publisher: Publisher,
         pending: Path,
         dial: Dial,
+        clock: Clock,
+        rng: np.random.Generator,
         on_connected: Callable[[], None],
     ) -> None:
         self._settings = settings
@@ -56,8 +58,9 @@ class Reception:
         self._committer = committer
         self._publisher = publisher
         self._pending = pending
+        self._clock = clock
         self._on_connected = on_connected
-        self._reconnector = Reconnector(dial, settings.broker, np.random.default_rng(), _log_failure)
+        self._reconnector = Reconnector(dial, settings.broker, rng, _log_failure)
         self.view = FleetView(FederatedEvaluations(settings.update.max_examples))
         self.connection: Connection | None = None
 
@@ -84,7 +87,7 @@ class Reception:
         connection = self.connection
         if connection is None:
             return
-        now = time.monotonic()
+        now = self._clock.now()
         for sender, partial in self._intake.assembler.silent_since(now - silent_s).items():
             if partial.asked == _MOST_ASKED:
                 self._intake.assembler.drop(sender)
@@ -148,7 +151,7 @@ class Reception:
                 self._take_event(DeviceId(fields["device"]), delivery.payload)
 
     def _take_update(self, connection: Connection, delivery: Delivery, sender: str) -> None:
-        arrival = self._intake.receive(sender, delivery.payload, time.monotonic())
+        arrival = self._intake.receive(sender, delivery.payload, self._clock.now())
         if arrival is None:
             connection.acknowledge(delivery)  # a chunk of an update; a lost one is asked for again
         else:

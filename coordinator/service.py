@@ -33,6 +33,7 @@ from coordinator.settings import CoordinatorSettings
 from coordinator.shelf import Shelf
 from coordinator.status import Status, Updates, peak_rss_bytes
 from coordinator.writer import Writer
+from fedtide.wire.clock import SYSTEM_CLOCK, Clock
 from fedtide.wire.link import Dial, LinkDown, PublishRefused
 from fedtide.wire.plan import seal_plan
 from fedtide.wire.signatures import SigningKey
@@ -55,6 +56,8 @@ class CoordinatorService:
         recovered: the opened state.
         dial: makes MQTT connections.
         evaluate: the held-out evaluation, if there is one.
+        clock: tells the time.
+        rng: draws the waits between connections; None: one of its own.
 
     Attributes:
         newest_status: as last written; for other threads, which must not look into a running service.
@@ -70,14 +73,17 @@ class CoordinatorService:
         recovered: Recovered,
         dial: Dial,
         evaluate: Evaluate | None,
+        clock: Clock = SYSTEM_CLOCK,
+        rng: np.random.Generator | None = None,
     ) -> None:
+        self._clock = clock
         self._settings = settings
         self._plan = plan.plan
         self._status_path = directory / "status.json"
         self._recovered = recovered
         self._journal_thread = JournalThread()
         self._new_version = asyncio.Event()
-        self._began = time.monotonic()
+        self._began = self._clock.now()
         self._stop_reason: str | None = None
         self._published_at = float("-inf")
         self._publishing = asyncio.Lock()  # the last version may come while the one before is on its way
@@ -93,7 +99,7 @@ class CoordinatorService:
             bases=bases,
         )
         self._versions = PublishedVersions(
-            settings, self._plan.manifest.schema, recovered.models, recovered.journal
+            settings, self._plan.manifest.schema, recovered.models, recovered.journal, clock.wall
         )
         self._writer.published = self._versions.fingerprints()
         self.committer = Committer(
@@ -102,6 +108,7 @@ class CoordinatorService:
             recovered,
             journal_thread=self._journal_thread,
             key=key,
+            clock=clock,
             on_version=self._on_version,
         )
         identity = Identity(self._epoch, self._plan.id, seal_plan(self._plan, key), key)
@@ -109,7 +116,7 @@ class CoordinatorService:
             settings,
             identity,
             self._remember,
-            time.time,
+            clock.wall,
             maker=BlobMaker(settings.publish, self._plan.manifest.schema, self._versions.earlier),
             shelf=Shelf(settings.fleet, recovered.shelf_file),
             parent=self._versions.newest.fingerprint if self._versions.newest else bytes(32),
@@ -132,6 +139,7 @@ class CoordinatorService:
             journal=recovered.journal,
             journal_thread=self._journal_thread,
             releases=self._releases,
+            clock=clock,
         )
         self._reception = Reception(
             settings,
@@ -141,6 +149,8 @@ class CoordinatorService:
             publisher=self._publisher,
             pending=directory / "pending",
             dial=dial,
+            clock=clock,
+            rng=rng or np.random.default_rng(),
             on_connected=self._new_version.set,
         )
         self.newest_status = self.status("starting")
@@ -190,7 +200,7 @@ class CoordinatorService:
         while True:
             await self._new_version.wait()
             self._new_version.clear()
-            await asyncio.sleep(self._published_at + pace.min_interval_s - time.monotonic())
+            await asyncio.sleep(self._published_at + pace.min_interval_s - self._clock.now())
             await self._publish_newest(pace.every_versions)
 
     async def _publish_newest(self, every_versions: int) -> None:
@@ -207,7 +217,7 @@ class CoordinatorService:
             due = False
         if connection is None or not (due or self._publisher.has_news):
             return
-        self._published_at = time.monotonic()
+        self._published_at = self._clock.now()
         try:
             if due:
                 # Not in the journal's thread: the commits of updates would wait for it.
@@ -244,7 +254,11 @@ class CoordinatorService:
     async def _renew_head(self) -> None:
         connection = self._reception.connection
         half_life_s = self._settings.publish.head_lifetime_s / 2
-        if connection and self._publisher.version and time.time() - self._publisher.issued > half_life_s:
+        if (
+            connection
+            and self._publisher.version
+            and self._clock.wall() - self._publisher.issued > half_life_s
+        ):
             with contextlib.suppress(LinkDown, PublishRefused):
                 await self._publisher.renew(connection, everything=False)
 
@@ -255,7 +269,7 @@ class CoordinatorService:
             ("versions", stop.versions, self.committer.committed.version),
             ("updates", stop.updates, self.committer.accounting.applied),
             ("metric", stop.metric, metric),
-            ("seconds", stop.seconds, time.monotonic() - self._began),
+            ("seconds", stop.seconds, self._clock.now() - self._began),
         )
         for name, limit, value in conditions:
             if limit is not None and value is not None and value >= limit:
@@ -303,8 +317,8 @@ class CoordinatorService:
             epoch=self._epoch,
             state=state,
             stop_reason=self._stop_reason,
-            moment=time.time(),
-            seconds=time.monotonic() - self._began,
+            moment=self._clock.wall(),
+            seconds=self._clock.now() - self._began,
             connected=connection is not None,
             mqtt_version=connection.mqtt_version if connection else None,
             version=model.version,

@@ -7,7 +7,6 @@ in the outbox. Listening is the mailbox's part.
 import asyncio
 import logging
 import math
-import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -36,6 +35,7 @@ from edge_agent.reports import Reports, trouble
 from edge_agent.sender import Sender, Tally
 from edge_agent.settings import KEPT_FILE, MODELS_DIRECTORY, TRIAL_FILE, AgentSettings
 from edge_agent.submission import Submission
+from fedtide.wire.clock import SYSTEM_CLOCK, Clock
 from fedtide.wire.errors import UnknownCodec, WireError
 from fedtide.wire.link import Dial, LinkDown, PublishRefused
 from fedtide.wire.messages import EvaluationEvent, Head, TrainingEvent
@@ -74,6 +74,7 @@ class Workbench:
         evaluate: evaluates on the examples held out.
         read: runs ``examples``, in a thread or at once.
         sync: whether files are synced to disk.
+        clock: tells the time.
         beside: what runs as long as the agent, such as listening to sensors.
     """
 
@@ -85,6 +86,7 @@ class Workbench:
     evaluate: Evaluate = field(default_factory=InAThread)
     read: Read = read_at_once
     sync: bool = True
+    clock: Clock = SYSTEM_CLOCK
     beside: Callable[[], Coroutine[Any, Any, None]] | None = None
 
 
@@ -104,7 +106,8 @@ class Agent:
         coordinator = PublicKey.parse(settings.coordinator_key)
         self._settings = settings
         self._bench = bench
-        self._submission = Submission(settings, key, sync=bench.sync)
+        self._clock = bench.clock
+        self._submission = Submission(settings, key, bench.clock.wall, sync=bench.sync)
         self._outbox = self._submission.outbox
         slots = ModelSlots(settings.state / MODELS_DIRECTORY, coordinator, sync=bench.sync)
         fetcher = Fetcher(settings.fleet, settings.max_model_bytes)
@@ -115,9 +118,10 @@ class Agent:
             fetcher=fetcher,
             dial=bench.dial,
             rng=bench.rng,
+            clock=bench.clock,
         )
-        self._models = Models(settings.inference, slots, self._mailbox, fetcher)
-        self._reports = Reports(settings.fleet, settings.device, self._mailbox)
+        self._models = Models(settings.inference, slots, self._mailbox, fetcher, bench.clock.now)
+        self._reports = Reports(settings.fleet, settings.device, self._mailbox, bench.clock.now)
         self._hold_out = HoldOut()
         self._kept = KeptFile(settings.state / KEPT_FILE, sync=bench.sync)
         self._trial = PlanTrial(settings.state / TRIAL_FILE, sync=bench.sync)
@@ -186,17 +190,17 @@ class Agent:
         if rest_s is None:
             self._trained_version = None
         else:
-            self._rest_until = time.monotonic() + rest_s
+            self._rest_until = self._clock.now() + rest_s
 
     def _look_again_in_s(self) -> float | None:
         """Seconds until time alone may change whether a head is wanted; None: it will not."""
         moments = (self._rest_until, self._look_after, *self._models.turning_points)
         # After the question began, not after now: one that has passed since would be missed for ever.
         due = min((moment for moment in moments if moment > self._asked_at), default=None)
-        return None if due is None else max(0.0, due - time.monotonic())
+        return None if due is None else max(0.0, due - self._clock.now())
 
     def _is_wanted(self, head: Head) -> bool:
-        self._asked_at = time.monotonic()
+        self._asked_at = self._clock.now()
         return self._is_to_train_on(head) or self._is_to_evaluate(head) or self._models.wants_release(head)
 
     async def _take_in(self, newest: SealedHead) -> None:
@@ -237,7 +241,7 @@ class Agent:
         if not self._look_wait_s:
             log.info("Waiting: there are %s", missing, extra={"event": "examples.awaited"})
         self._look_wait_s = min(2 * self._look_wait_s, LONGEST_LOOK_S) or FIRST_LOOK_S
-        self._look_after = time.monotonic() + self._look_wait_s
+        self._look_after = self._clock.now() + self._look_wait_s
         return True
 
     def _shortage(self, dataset: Dataset, manifest: PlanManifest) -> Shortage | None:
@@ -255,7 +259,7 @@ class Agent:
         return (
             head.training
             and (again or head.version != self._trained_version)
-            and time.monotonic() >= max(self._rest_until, self._look_after)
+            and self._clock.now() >= max(self._rest_until, self._look_after)
         )
 
     def _is_to_evaluate(self, head: Head) -> bool:
@@ -312,7 +316,7 @@ class Agent:
             )
         training = self._training(manifest)
         version, kept = model.head.version, self._kept.of(model.plan)
-        began = time.monotonic()
+        began = self._clock.now()
         with self._trial.update(model.plan.id):
             trainer = self._bench.trainer(model.plan)
             result = await self._bench.compute(
@@ -334,7 +338,7 @@ class Agent:
             "Trained on version %d: %d examples, loss %.4f", model.head.version, result.num_examples,
             result.loss, extra={"event": "training.done"},
         )  # fmt: skip
-        self._report(model.head, result, time.monotonic() - began)
+        self._report(model.head, result, self._clock.now() - began)
 
     def _report(self, head: Head, result: LocalResult, seconds: float) -> None:
         if math.isfinite(result.loss):

@@ -6,7 +6,6 @@ It dials, announces the device, and files what arrives; the agent's work loop wa
 import asyncio
 import contextlib
 import logging
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from edge_agent.outbox import Pending
 from edge_agent.settings import AgentSettings
 from fedtide import __version__
 from fedtide.wire import frame, topics
+from fedtide.wire.clock import Clock
 from fedtide.wire.codecs import CODECS
 from fedtide.wire.errors import WireError
 from fedtide.wire.ids import Epoch, ModelVersion
@@ -62,6 +62,7 @@ class Mailbox:
         fetcher: takes the chunks.
         dial: makes connections.
         rng: draws the boot id and the waits between connections.
+        clock: tells the time.
 
     Attributes:
         connection: the live one, or None.
@@ -77,11 +78,13 @@ class Mailbox:
         fetcher: Fetcher,
         dial: Dial,
         rng: np.random.Generator,
+        clock: Clock,
     ) -> None:
         self._settings = settings
         self._coordinator = coordinator
         self._public = public
         self._fetcher = fetcher
+        self._clock = clock
         self._reconnector = Reconnector(dial, settings.broker, rng, self._log_failure)
         self._boot = rng.bytes(8).hex()
         self.connection: Connection | None = None
@@ -231,7 +234,7 @@ class Mailbox:
                 agent_version=__version__,
                 codecs=tuple(CODECS),
                 model_version=self._held,
-                sent=time.time(),
+                sent=self._clock.wall(),
             )
         topic = topics.PRESENCE.name(self._settings.fleet, device=self._settings.device)
         return topic, frame.to_frame(presence)
@@ -313,7 +316,7 @@ class Mailbox:
                 head.version, head.epoch, extra={"event": "head.older"},
             )  # fmt: skip
             return False
-        if time.time() > head.expires:
+        if self._clock.wall() > head.expires:
             log.warning("The head of version %d has expired: is the coordinator away?", head.version,
                         extra={"event": "head.expired"})  # fmt: skip
         return True

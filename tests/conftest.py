@@ -1,5 +1,6 @@
-"""Brokers for every test that needs one, and the hypothesis profile."""
+"""Brokers for every test that needs one, the hypothesis profile, and the way to the rig."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
@@ -8,6 +9,9 @@ import hypothesis
 import pytest
 
 from broker_config.local import BrokerKind, LocalBroker, available_brokers, start_local_broker
+
+# The rig that breaks things serves tests of every package.
+sys.path.append(str(Path(__file__).parent / "rig"))
 
 _INSTALL = {"mosquitto": "apt-get install mosquitto", "nats": "pip install 'fedtide[broker]'"}
 

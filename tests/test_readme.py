@@ -83,8 +83,8 @@ def test_the_three_terminal_run_of_the_readme_trains_a_model(workplace: Path) ->
         terminals.append(Terminal(workplace, "terminal 2"))
         wait_for(workplace / "my-fleet" / "status.json", terminals, 90)
         terminals.append(Terminal(workplace, "terminal 3"))
-        deadline = time.monotonic() + 60
-        while (status := fleet_status(workplace))["version"] < 4:
+        deadline = time.monotonic() + 120
+        while not has_trained(status := fleet_status(workplace)):
             tails = "\n".join(terminal.log.read_text()[-2000:] for terminal in terminals)
             assert time.monotonic() < deadline, tails
             time.sleep(0.25)
@@ -94,7 +94,12 @@ def test_the_three_terminal_run_of_the_readme_trains_a_model(workplace: Path) ->
 
     assert {device["device"] for device in status["devices"]} == {"device-1", "device-2"}
     assert all(device["applied"] >= 1 for device in status["devices"])
-    assert status["evaluations"][-1]["metric"] > 0.5
+
+
+def has_trained(status: dict[str, object]) -> bool:
+    """Whether half of ten kinds of digits are told apart; guessing gives a tenth. After how long, differs."""
+    evaluations = status["evaluations"]
+    return status["version"] >= 4 and bool(evaluations) and evaluations[-1]["metric"] > 0.5
 
 
 def test_every_relative_link_of_the_documents_leads_somewhere() -> None:

@@ -146,18 +146,23 @@ class CoordinatorState(Message, frozen=True, kw_only=True):
     Attributes:
         fleet: which fleet.
         epoch: which run of the coordinator.
+        run: drawn anew by each run, so that two runs which took the same epoch know of each other.
         online: False in the will and at a clean stop.
         protocol_min: oldest protocol version accepted.
         protocol_max: newest protocol version accepted.
         shards: number of ingest shards S.
+        spread_s: a device that comes back together with others waits a random time up to this before it sends
+            what it has (pace steering: Bonawitz et al., MLSys 2019, section 2.3).
     """
 
     fleet: FleetId
     epoch: Epoch
+    run: str = ""
     online: bool
     protocol_min: int
     protocol_max: int
     shards: int = 1
+    spread_s: float = 0.0
 
 
 _SHORT: Final = {
@@ -218,6 +223,10 @@ class Reason(StrEnum):
     UNSUPPORTED_FIELD = "unsupported-field"
     WRONG_SHAPE = "wrong-shape"
     NOT_FINITE = "not-finite"
+    TOO_MANY = "too-many"
+    """The device sends more than its share; what is over is not looked at."""
+    UNREADABLE = "unreadable"
+    """Reading it broke the coordinator: the bytes are set aside for a person."""
     STOPPED = "stopped"
 
 
@@ -226,6 +235,7 @@ class Receipt(Message, frozen=True, kw_only=True, tag_field="kind", tag="receipt
 
     Attributes:
         device: whose update.
+        epoch: the coordinator's run; devices do not believe one that is lower than they have seen.
         counter: which update.
         digest: which bytes (``envelope.update_digest``): a forgery cannot earn a receipt for the real one.
         verdict: what became of it.
@@ -236,6 +246,7 @@ class Receipt(Message, frozen=True, kw_only=True, tag_field="kind", tag="receipt
     """
 
     device: DeviceId
+    epoch: Epoch = Epoch(0)
     counter: Counter
     digest: bytes
     verdict: Verdict

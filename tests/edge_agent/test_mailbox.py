@@ -28,6 +28,7 @@ from edge_agent.mailbox import Mailbox
 from edge_agent.outbox import Pending
 from fedtide import __version__
 from fedtide.wire import frame, topics
+from fedtide.wire.clock import SYSTEM_CLOCK
 from fedtide.wire.codecs import CODECS
 from fedtide.wire.ids import Counter, FleetId, ModelVersion
 from fedtide.wire.messages import Head, MissingChunks, Presence, Receipt, Verdict
@@ -64,6 +65,7 @@ def new_mailbox(
         fetcher=fetcher or Fetcher(FLEET, 1000),
         dial=world.broker.dial,
         rng=rng or np.random.default_rng(5),
+        clock=SYSTEM_CLOCK,
     )
 
 

@@ -1,6 +1,7 @@
 """One small plan for all whole-fleet tests, and a place where their broker and fleet live."""
 
 import hashlib
+import os
 import sys
 from pathlib import Path
 
@@ -48,6 +49,8 @@ def digits(request) -> Digits:
     folder = request.config.cache.mkdir(f"fedtide-plan-{hashlib.sha256(content).hexdigest()[:16]}")
     path = Path(str(folder)) / "digits.plan"
     if not path.exists():
-        _build_plan(path)
+        own = path.with_suffix(f".{os.getpid()}")  # two processes may run these tests at once
+        _build_plan(own)
+        own.replace(path)
     examples = load_digits()
     return make_digits(path, examples.data / 16, examples.target)

@@ -35,7 +35,7 @@ broker:  ## Install mosquitto where it is missing and this user may.
 	else echo "mosquitto is missing; the tests that need it will be skipped. Install it: sudo apt-get install mosquitto"; fi
 
 test: $(READY) broker  ## Run the tests. TEST_ARGS="-k outbox"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not long" $(TEST_ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not long" --numprocesses 2 --dist loadfile $(TEST_ARGS)
 
 test-long: $(READY) broker  ## Run all tests, the long ones too: kill loops, fuzzing, convergence.
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_ARGS)

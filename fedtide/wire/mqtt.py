@@ -5,10 +5,13 @@ silently at about 340 clients in a process), no resending from memory, no late a
 MQTT 5 first; 3.1.1 where the broker has no 5.
 """
 
+import array
 import asyncio
 import contextlib
+import fcntl
 import logging
 import socket
+import termios
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Final, cast
 
@@ -94,6 +97,7 @@ class MqttConnection:
         self._lost: LinkDown | None = None
         self._socket: socket.socket | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._unsent_bytes = 0  # at the last look
         self._watching = False  # whether the selector tells when the socket can be written
         self._session_present = False
         self._max_packet_bytes: int | None = None
@@ -309,9 +313,18 @@ class MqttConnection:
             self._loop.remove_writer(self._socket)
 
     def _keep_alive(self) -> None:
+        if self._is_leaving():
+            # On a slow link a PINGREQ waits behind what is on its way for longer than the keepalive. paho
+            # would hang up, the next connection would begin anew, and a large message would never arrive.
+            self._client._ping_t = 0  # noqa: SLF001 - it has no public way to be patient
         self._expect(self._client.loop_misc())
         if self._lost is None:
             self._timer = self._loop.call_later(self._keepalive_s / 4, self._keep_alive)
+
+    def _is_leaving(self) -> bool:
+        """Whether some of what was written has reached the peer since the last look."""
+        before, self._unsent_bytes = self._unsent_bytes, _unsent_bytes(self._socket)
+        return self._unsent_bytes != before
 
     def _expect(self, code: MQTTErrorCode) -> None:
         if code != MQTTErrorCode.MQTT_ERR_SUCCESS:
@@ -384,6 +397,18 @@ def packet_bytes(topic: str, payload: bytes) -> int:
     remaining = 2 + len(topic.encode()) + 2 + len(payload)
     length_bytes = 1 + (remaining > 127) + (remaining > 16_383) + (remaining > 2_097_151)
     return 1 + length_bytes + remaining
+
+
+def _unsent_bytes(sock: socket.socket | None) -> int:
+    """What the kernel still holds, not yet sent or not yet acknowledged (tcp(7): SIOCOUTQ); 0 if unknown."""
+    if sock is None:
+        return 0
+    answer = array.array("i", [0])
+    try:
+        fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, answer)
+    except (OSError, ValueError):
+        return 0
+    return answer[0]
 
 
 def _has_pending(sock: socket.socket | None) -> bool:

@@ -7,7 +7,7 @@ head and one delta; a device that missed some also takes indexes and further del
 that is cheaper. MQTT's own bytes are not counted.
 
 Every way is really gone: the parameters at its end have the fingerprint of the head. Gaps are measured to
-each of the last 16 versions, so that every place in a segment of deltas occurs. The accuracy of what devices
+each of the last 8 versions, so that every place in a segment of deltas occurs. The accuracy of what devices
 hold is compared with that of the model behind it, and with a run whose downlink is float32.
 
     python benchmarks/downlink.py --task digits-cnn --plot downlink.png
@@ -45,10 +45,10 @@ from fedtide.wire.topics import BLOB_CHUNK, HEAD
 
 FLEET: Final = FleetId("benchmark")
 KEY: Final = SigningKey.from_seed(bytes(32))
-IDENTITY: Final = Identity(epoch=Epoch(1), plan=PlanId("0" * 32), plan_blob=b"a plan", key=KEY)
+IDENTITY: Final = Identity(epoch=Epoch(1), run="", plan=PlanId("0" * 32), plan_blob=b"a plan", key=KEY)
 DEFAULT_TASKS: Final = ("digits-mlp", "digits-cnn")
 VERSIONS: Final = REACH + SEGMENT + 16
-"""So that the oldest gap of the last 16 versions does not reach into the very first ones."""
+"""So that the oldest gap of the last versions does not reach into the very first ones."""
 EVALUATED_EVERY: Final = 10
 LAST: Final = 10
 """Versions over which the final accuracies are averaged."""

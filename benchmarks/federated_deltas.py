@@ -271,14 +271,18 @@ def adam(task: FederatedTask) -> FederatedTask:
     return replace(task, name=f"{task.name}-adam", optimizer="adam", training=training)
 
 
-def deltas_of(task: FederatedTask, data: Path, directory: Path | None, updates: int | None = None) -> Deltas:
+def deltas_of(
+    task: FederatedTask, data: Path, directory: Path | None, updates: int | None = None, seed: int = 0
+) -> Deltas:
     """A task's deltas: from the directory if they are there, else from a run, and then kept there."""
     updates = updates or task.updates
     name = task.name if updates == task.updates else f"{task.name}-{updates}"
+    if seed:
+        name += f"-seed{seed}"
     path = directory / f"{name}.npz" if directory else None
     if path and path.exists():
         return Deltas.load(path)
-    deltas = collect(Run(task, data), updates)
+    deltas = collect(Run(task, data), updates, seed)
     if path:
         deltas.save(path)
     return deltas

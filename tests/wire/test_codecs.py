@@ -80,14 +80,16 @@ def q8_bound(delta: Vector, step: float) -> npt.NDArray[np.float64]:
 
 
 def ecsq_bound(delta: Vector, step: float) -> npt.NDArray[np.float64]:
-    """The widest dead zone, 0.78 of a step, or a step where the next level is above all of float32.
+    """The widest dead zone, 0.78 of a step, and 0.3, as far as thresholds are shifted at most.
+
+    That is more than the step that is lost where the next level is above all of float32.
 
     The step is at least 2^-126 and has 8 bits: relative 2^-8.
     """
     values = delta.astype(np.float64)
     absolute = step * np.sqrt(np.mean(values**2)) if delta.size else 0.0
     absolute = max(absolute, 2**-126) * (1 + 2**-8)
-    return np.where(np.abs(values) > LARGEST - absolute, absolute, 0.78 * absolute)
+    return np.full(delta.size, 1.08 * absolute)
 
 
 def lowrank_bound(delta: Vector, step: float) -> npt.NDArray[np.float64]:

@@ -103,14 +103,15 @@ def test_more_large_coefficients_than_allowed_are_rejected() -> None:
 def test_nonzeros_are_taken_with_their_places_from_few_and_from_many() -> None:
     for scale in (0.1, 3.0, 20_000.0):
         coefficients = laplace(1000, scale)
-        payload = memoryview(encode_classes([integers(0, 5), coefficients], [SPARSE] * 2))
-        reader = CoefficientReader(payload, [SPARSE] * 2, 1002)
-        places, found = reader.take_nonzeros(1, 300)
-        assert np.array_equal(places, np.flatnonzero(coefficients[:300]))
-        assert np.array_equal(found, coefficients[:300][places])
-        places, found = reader.take_nonzeros(1)
-        assert np.array_equal(found, coefficients[300:][places])
-        assert found.size == np.count_nonzero(coefficients[300:])
+        coefficients[[0, -1]] = 1, -70_000  # beyond int16
+        classes = [integers(0, 5), np.zeros(3, np.int32), coefficients, np.zeros(7, np.int32)]
+        payload = memoryview(encode_classes(classes, [SPARSE] * 4))
+        reader = CoefficientReader(payload, [SPARSE] * 4, 1012)
+        places, found, ends = reader.take_nonzeros()
+        assert ends.tolist() == [2, 2, 1002, 1002]  # without the zeros behind the last nonzero of a class
+        assert np.array_equal(places, np.append(1, 2 + np.flatnonzero(coefficients)))
+        assert np.array_equal(found, np.append(5, coefficients[coefficients != 0]))
+        reader.finish()
 
 
 def test_a_class_is_taken_piece_by_piece_and_between_other_classes() -> None:

@@ -361,10 +361,10 @@ def test_coefficients_without_a_place_are_refused() -> None:
 
 def test_more_nonzeros_than_factors_are_good_for_are_refused() -> None:
     schema, layouts = schema_of((10_000,)), [TensorLayout(scalar_class=9)]
-    assert most_nonzeros(10_000) == 10_000 // 16 + 4096 == 4721
-    LOWRANK.decode(payload_of(layouts, {9: [1] * 4721}, schema), schema)
+    assert most_nonzeros(10_000) == 10_000 // 8 + 4096 == 5346
+    LOWRANK.decode(payload_of(layouts, {9: [1] * 5346}, schema), schema)
     with pytest.raises(MalformedPayload):
-        LOWRANK.decode(payload_of(layouts, {9: [1] * 4722}, schema), schema)
+        LOWRANK.decode(payload_of(layouts, {9: [1] * 5347}, schema), schema)
 
 
 def test_a_step_that_leaves_more_of_them_gets_a_payload_of_ecsq() -> None:

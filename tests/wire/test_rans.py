@@ -1,5 +1,7 @@
 """The coder of symbols, and the bits around it."""
 
+import tracemalloc
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -69,6 +71,20 @@ def test_a_run_over_several_blocks_with_a_change_of_tables_inside_one_comes_back
     runs = [rans.Run(MIXED, 40_000), rans.Run(STEEP, 1), rans.Run(EVEN, 49_999)]
     symbols = np.concatenate([symbols_of(run.table, run.count) for run in runs])
     round_trip(symbols, runs, seeds_of(90_000))
+
+
+def test_decoding_symbols_of_many_tables_takes_64_kib_for_each_and_little_more() -> None:
+    # 16 tables of 8192 slots of 8 bytes: 1 MiB. 3200 symbols are coded in 50 lanes, next to nothing.
+    frequencies = [np.array([8192 - 255 - number, *[1] * (255 + number - 1), 1]) for number in range(-16, 0)]
+    symbols = np.tile(np.arange(200, dtype=np.uint8), 16)
+    coded = rans.encode(symbols, [rans.Run(rans.table_of(each), 200) for each in frequencies], seeds_of(3200))
+    tracemalloc.start()
+    runs = [rans.Run(rans.table_of(each), 200) for each in frequencies]
+    decoded, _, _ = rans.decode(memoryview(coded), runs)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert np.array_equal(decoded, symbols)
+    assert peak < 1.3 * 2**20
 
 
 def test_two_even_symbols_are_coded_as_computed_by_hand() -> None:

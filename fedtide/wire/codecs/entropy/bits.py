@@ -94,8 +94,7 @@ class BitReader:
         below = (window & -window).bit_length() - 1
         if not 0 <= below < (largest + 1).bit_length():
             raise MalformedPayload(f"a number that ends early or is above {largest:,}, the largest possible")
-        self.get(below + 1)
-        value = (1 << below | self.get(below)) - 1
+        value = (1 << below | self.get(2 * below + 1) >> below + 1) - 1
         if value > largest:
             raise MalformedPayload(f"the number {value:,}; at most {largest:,} is possible")
         return value
@@ -135,7 +134,9 @@ class FieldWriter:
         words = starts >> 5
         starts &= 31
         shifted = values.astype(np.uint64) << starts.view(np.uint64)
-        sums = np.add.reduceat(shifted, np.flatnonzero(np.diff(words, prepend=-1)))
+        is_first = np.ones(words.size, np.bool_)
+        np.not_equal(words[1:], words[:-1], out=is_first[1:])
+        sums = np.add.reduceat(shifted, is_first.nonzero()[0])
         packed = np.zeros(sums.size + 1, "<u4")
         packed[:-1] = sums & np.uint64(0xFFFF_FFFF)
         packed[1:] |= (sums >> np.uint64(32)).astype(np.uint32)

@@ -38,7 +38,7 @@ FEWEST_FOR_A_TABLE: Final = 8
 
 _PARTS: Final = 64
 """Blocks that many tokens are worked on in, so that what a block takes hardly counts."""
-_SMALLEST_BLOCK: Final = 1 << 11
+_SMALLEST_BLOCK: Final = 1 << 12
 _LARGEST_BLOCK: Final = 1 << 15
 _SMALLEST_BLOCK_OF_COEFFICIENTS: Final = 1 << 13
 
@@ -112,8 +112,9 @@ def _token_blocks(coefficients: Coefficients) -> Iterator[_Tokens]:
         if int(excesses.max()) > LARGEST or int(excesses.min()) < 0:
             raise ValueError(f"a coefficient of magnitude above {LARGEST:,}")
         excesses -= 1
-        gaps = np.diff(positions, prepend=before - start)
-        gaps -= 1
+        gaps = positions - 1
+        gaps[1:] -= positions[:-1]
+        gaps[0] -= before - start
         before = start + int(positions[-1])
         yield _Tokens(_compact(gaps), _compact(excesses), values < 0)
 
@@ -132,13 +133,13 @@ def _put_raw_bits(raw: FieldWriter, tokens: _Tokens, table: TokenTable) -> rans.
     symbols = table.gaps.of(tokens.gaps)
     symbols *= np.uint8(table.excesses.widths.size)
     symbols += table.excesses.of(tokens.excesses)
-    widths = table.widths[symbols].reshape(-1)
-    (places,) = widths.nonzero()
+    widths = table.widths.take(symbols, axis=0).reshape(-1)
+    (places,) = (widths != 0).nonzero()  # five times as fast as of the bytes themselves
     if places.size:
         numbers = np.empty((symbols.size, 2), np.int32)
         numbers[:, 0] = tokens.gaps
         numbers[:, 1] = tokens.excesses
-        numbers -= table.first_numbers[symbols]
+        numbers -= table.first_numbers.take(symbols, axis=0)
         raw.put(numbers.reshape(-1)[places].astype(np.int64), widths[places])
     return symbols
 
@@ -194,7 +195,9 @@ class CoefficientReader:
 
     def read(self, class_index: int, out: Integers | npt.NDArray[np.float32]) -> None:
         """Fill ``out``, shape ``(count,)``, with the next coefficients of a class."""
-        start, end = self._advance(class_index, out.size)
+        start = int(self._next[class_index])
+        end = min(start + out.size, int(self._ends[class_index]))
+        self._next[class_index] = end
         self._nonzeros.place(start, end, out)
 
     def read_each(self, counts: Fields, out: Integers) -> None:
@@ -202,21 +205,15 @@ class CoefficientReader:
         starts, self._next = self._next, np.minimum(self._next + counts, self._ends)
         self._nonzeros.place_each(starts, self._next, np.cumsum(counts) - counts, out)
 
-    def take_nonzeros(self, class_index: int, count: int | None = None) -> tuple[Integers, Integers]:
-        """Which of the next ``count`` coefficients of a class are not zero, ascending from 0, and these.
+    def take_nonzeros(self) -> tuple[Integers, Integers, Fields]:
+        """All coefficients that are not zero, those of class 0 first, in place of taking class by class.
 
-        Without a count: all that are left.
+        Returns:
+            Their places, ascending over all classes; they themselves; where each class ends among the places.
         """
-        start, end = self._advance(class_index, count)
-        return self._nonzeros.between(start, end)
-
-    def _advance(self, class_index: int, count: int | None) -> tuple[int, int]:
-        """Where the next coefficients of a class begin and end among those of all classes."""
-        start, end = int(self._next[class_index]), int(self._ends[class_index])
-        if count is not None and count < end - start:
-            end = start + count
-        self._next[class_index] = end
-        return start, end
+        self._next = self._ends
+        places, coefficients = self._nonzeros.all()
+        return places, coefficients, self._ends
 
     @property
     def peak(self) -> int:
@@ -311,9 +308,9 @@ class _TokenFinder:
         ends = np.minimum(self._ends[low : high + 1], first + symbols.size)
         entries = np.repeat(self._starts[low : high + 1], np.diff(ends, prepend=first))
         entries += symbols
-        numbers: Integers = self._first_numbers[entries]
-        widths = self._widths[entries].reshape(-1)
-        (places,) = widths.nonzero()
+        numbers: Integers = self._first_numbers.take(entries, axis=0)
+        widths = self._widths.take(entries, axis=0).reshape(-1)
+        (places,) = (widths != 0).nonzero()
         if places.size:
             flat = numbers.reshape(-1)
             flat[places] += raw.get(widths[places]).astype(np.int32)

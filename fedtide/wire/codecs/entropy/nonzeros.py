@@ -80,13 +80,13 @@ class Nonzeros:
             places = self._positions[listed] + np.repeat(targets - starts, counts)
             out[places] = self._values[listed]
 
-    def between(self, start: int, end: int) -> tuple[Integers, Integers]:
-        """Places from ``start`` on, and values, of the nonzero coefficients up to ``end``."""
+    def all(self) -> tuple[Integers, Integers]:
+        """Places and values of all nonzero coefficients."""
         if not self._dense.size:
-            return self._listed(start, end)
-        coefficients = np.empty(end - start, np.int32)
-        self.place(start, end, coefficients)
-        positions = coefficients.nonzero()[0].astype(np.int32)
+            return self._positions, self._values
+        coefficients = self._dense.astype(np.int32)
+        coefficients[self._positions] = self._values
+        positions = (coefficients != 0).nonzero()[0].astype(np.int32)
         return positions, coefficients[positions]
 
     def _listed(self, start: int, end: int) -> tuple[Integers, Integers]:

@@ -54,6 +54,7 @@ _SMALLEST_BLOCK: Final = 1 << 12
 _LARGEST_BLOCK: Final = 1 << 15
 _PARTS: Final = 16
 """Blocks of symbols whose table entries are looked up at once: so many that their memory hardly counts."""
+_NONE: Final = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,10 @@ class Table:
     Attributes:
         frequencies: int64, shape ``(symbols,)``; a symbol of frequency 0 cannot be coded.
         before: for each symbol, the sum of the frequencies before it.
-        slots: for each number below 2^PRECISION, which symbol it stands for, that symbol's frequency and the
-            number's distance from ``before``, packed as ``frequency << 32 | symbol << 16 | distance``.
     """
 
     frequencies: Integers
     before: Integers
-    slots: Integers
 
 
 def table_of(frequencies: Integers) -> Table:
@@ -80,10 +78,7 @@ def table_of(frequencies: Integers) -> Table:
     """
     if frequencies.size > 256 or frequencies.min(initial=0) < 0 or int(frequencies.sum()) != _TOTAL:
         raise ValueError(f"frequencies must be up to 256 numbers from 0 that add up to {_TOTAL}")
-    before = np.cumsum(frequencies) - frequencies
-    entries = frequencies << 32 | np.arange(frequencies.size) << 16
-    slots = np.repeat(entries - before, frequencies) + np.arange(_TOTAL)
-    return Table(frequencies, before, slots)
+    return Table(frequencies, np.cumsum(frequencies) - frequencies)
 
 
 @dataclass(frozen=True)
@@ -185,13 +180,28 @@ class _Tables:
         runs = [run for run in runs if run.count]
         tables = {id(run.table): run.table for run in runs}
         numbers = {key: number for number, key in enumerate(tables)}
-        self._tables = tuple(tables.values())
         self._numbers = np.array([numbers[id(run.table)] for run in runs], np.int64)
         self._ends = np.cumsum([run.count for run in runs])
-        self._first_symbols = np.cumsum([0, *(table.frequencies.size for table in self._tables)])
+        self._frequencies = np.concatenate([_NONE, *(table.frequencies for table in tables.values())])
+        self._before = np.concatenate([_NONE, *(table.before for table in tables.values())])
+        self._sizes = np.array([table.frequencies.size for table in tables.values()], np.int64)
+        self._first_symbols = np.cumsum(self._sizes) - self._sizes
 
     def slots(self) -> Integers:
-        return _joined([table.slots for table in self._tables])
+        """For each table and number below 2^PRECISION, which symbol it stands for, and what decoding needs.
+
+        That is the symbol's frequency and the number's distance from ``before``, packed as
+        ``frequency << 32 | symbol << 16 | distance``. 64 KiB a table: made anew for each payload, so that
+        they are there once, and only while it is decoded.
+        """
+        entries = np.arange(self._frequencies.size) - self._first_symbols.repeat(self._sizes)
+        entries <<= 16
+        entries |= self._frequencies << 32
+        entries -= self._before
+        slots = entries.repeat(self._frequencies)
+        by_table = slots.reshape(-1, _TOTAL)
+        by_table += np.arange(_TOTAL)
+        return slots
 
     def of_each(self, first: int, last: int) -> Integers:
         """Each symbol's table by number, shape ``(last - first,)``, or ``(1,)`` where it is one for all."""
@@ -204,13 +214,7 @@ class _Tables:
     def intervals(self, symbols: Symbols, first: int) -> tuple[Floats, Floats]:
         """Frequency and ``before`` of each symbol, the first of which is number ``first``."""
         places = self._first_symbols[self.of_each(first, first + symbols.size)] + symbols
-        frequencies = _joined([table.frequencies for table in self._tables]).astype(np.float64)
-        before = _joined([table.before for table in self._tables]).astype(np.float64)
-        return frequencies[places], before[places]
-
-
-def _joined(arrays: list[Integers]) -> Integers:
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+        return self._frequencies.astype(np.float64)[places], self._before.astype(np.float64)[places]
 
 
 def _encode_block(states: Floats, frequencies: Floats, before: Floats) -> bytes:

@@ -216,7 +216,7 @@ _MIXTURES: Final = (
 )
 """For each spread, its components: quarters of the whole, and their mean as a fraction of the family's."""
 _KEPT_TABLES: Final = 64
-"""Of 64 KiB each. A fleet's updates use a handful; a stranger's could ask for all 18 thousand."""
+"""A fleet's updates use a handful; a stranger's could ask for all 18 thousand."""
 
 
 def choice_for(

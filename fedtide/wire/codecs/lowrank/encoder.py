@@ -124,20 +124,21 @@ class Encoder:
 
     def _matrices(self, step: float) -> dict[int, QuantisedMatrix]:
         """The tensors whose factors pay, by their start."""
-        places = [place for place in self._places if place.widest_rank]
         fine = step * 2.0**-self._shift < _FINE * self._rms
         first = _COMPONENTS_IF_FINE if fine else _COMPONENTS
-        components = [min(first, place.widest_rank) for place in places]
-        while True:
-            found = [self._decomposed(*each) for each in zip(places, components, strict=True)]
-            quantised = quantise_factors(list(zip(places, found, strict=True)), step)
-            more = [
-                min(2 * count, place.widest_rank) if matrix and len(matrix.exponents) == count else count
-                for place, count, matrix in zip(places, components, quantised, strict=True)
-            ]
-            if more == components:
-                return {place.start: each for place, each in zip(places, quantised, strict=True) if each}
-            components = more
+        pending = [(place, min(first, place.widest_rank)) for place in self._places if place.widest_rank]
+        quantised = {}
+        while pending:
+            found = [(place, self._decomposed(place, components)) for place, components in pending]
+            more = []
+            for (place, components), matrix in zip(pending, quantise_factors(found, step), strict=True):
+                if matrix is None:
+                    continue
+                if components == len(matrix.exponents) < place.widest_rank:
+                    more.append((place, min(2 * components, place.widest_rank)))
+                quantised[place.start] = matrix
+            pending = more
+        return quantised
 
     def _decomposed(self, place: Place, components: int) -> Decomposition:
         found = self._decompositions.get(place.start)

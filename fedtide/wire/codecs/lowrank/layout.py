@@ -134,7 +134,7 @@ def most_nonzeros(size: int) -> int:
     Args:
         size: number of parameters.
     """
-    return size // 16 + 4096
+    return size // 8 + 4096
 
 
 def step_bits(step: float) -> int:

@@ -31,6 +31,7 @@ from fedtide.wire.errors import MalformedPayload
 
 _CLASS_STARTS: Final = np.arange(CLASSES, dtype=np.int64) << 32
 """Behind all places of a class."""
+_START: Final = np.zeros(1, np.int64)
 
 
 @dataclass(frozen=True)
@@ -193,13 +194,14 @@ class _Entries:
         Raises:
             MalformedPayload: one is too large.
         """
-        found = [reader.take_nonzeros(number) for number in range(CLASSES)]
-        counts = np.array([values.size for _, values in found])
+        places, self._values, ends = reader.take_nonzeros()
+        lasts = places.searchsorted(ends.astype(np.int32))
+        counts = np.diff(lasts, prepend=0)
         # One ascending sequence: a nonzero's place in its class, behind all places of the classes before it.
-        self._places = np.concatenate([positions for positions, _ in found]) + _CLASS_STARTS.repeat(counts)
-        self._values = np.concatenate([values for _, values in found])
+        starts = np.concatenate([_START, ends[:-1]])
+        self._places = places + (_CLASS_STARTS - starts).repeat(counts)
         self._next = _CLASS_STARTS.copy()
-        self._nonzeros = np.cumsum(counts) - counts
+        self._nonzeros = lasts - counts
         self._left = self._places.size
         self._peak = max(int(self._values.max(initial=0)), -int(self._values.min(initial=0)))
         if self._peak > LARGEST_SCALAR:

@@ -1,6 +1,6 @@
 # Everything a newcomer or a developer needs. Each target sets up what it uses and can be run again.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long fuzz bench check format clean broker
+.PHONY: help demo test test-long fuzz defects bench check format clean broker
 
 PYTHON ?= python3
 VENV   := .venv
@@ -44,6 +44,12 @@ fuzz: $(READY)  ## Fuzz a reader of strangers' bytes: make fuzz TARGET=envelope 
 	@test -n "$(TARGET)" || { echo "Name one: make fuzz TARGET=NAME SECONDS=300. There are:"; $(BIN)/python tests/fuzz/fuzz.py --list; exit 2; }
 	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(PIP) --only-binary :all: --constraint constraints.txt atheris==3.0.0 >/dev/null 2>&1 || true
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz.py $(TARGET) --seconds $(or $(SECONDS),60)
+
+defects: $(READY)  ## Plant each known defect in a copy; its test must fail. DEFECTS_ARGS="--only NAME"
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/rig/plant_defects.py $(DEFECTS_ARGS)
+
+simulate: $(READY)  ## Simulate a fleet in virtual time: make simulate SEED=7, or SIMULATE_ARGS="--hours 24 --devices 1000"
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/rig/simulate.py --seed $(or $(SEED),0) $(SIMULATE_ARGS)
 
 bench: $(READY) broker  ## Run one benchmark: make bench BENCH=straggler BENCH_ARGS="…"
 	@test -n "$(BENCH)" || { echo "Name one: make bench BENCH=NAME. There are:"; ls benchmarks | sed -n 's/\.py$$//p'; exit 2; }

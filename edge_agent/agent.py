@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from edge_agent.coordinator_view import SealedHead
 from edge_agent.data_sources import DataError
 from edge_agent.data_sources.base import Read, read_at_once
 from edge_agent.dataset import Dataset
@@ -22,43 +23,32 @@ from edge_agent.fetch import Fetcher, FetchFailed, Superseded
 from edge_agent.hold_out import HoldOut, Split
 from edge_agent.kept_state import KeptFile, with_own_statistics
 from edge_agent.local_update import TrainingDiverged, requested
-from edge_agent.mailbox import Mailbox, SealedHead
+from edge_agent.mailbox import Mailbox
 from edge_agent.model_slots import InstalledModel, ModelSlots, WrongModel
 from edge_agent.models import Models
 from edge_agent.new_examples import FIRST_LOOK_S, LONGEST_LOOK_S, Shortage, TrainedTo, shortage
 from edge_agent.outbox import Pending
-from edge_agent.plan_guard import PlanRefused
-from edge_agent.plan_runtime import LocalResult, MemoryLimitExceeded, StepDeadlineExceeded, Trainer
-from edge_agent.plan_session import StepFailed
+from edge_agent.plan_runtime import LocalResult, Trainer
 from edge_agent.plan_trial import PlanTrial
-from edge_agent.reports import Reports, trouble
+from edge_agent.reports import Reports
 from edge_agent.sender import Sender, Tally
 from edge_agent.settings import KEPT_FILE, MODELS_DIRECTORY, TRIAL_FILE, AgentSettings
 from edge_agent.submission import Submission
+from edge_agent.troubles import LASTING, DiskFailed, event_of, of_the_disk, trouble
 from fedtide.wire.clock import SYSTEM_CLOCK, Clock
-from fedtide.wire.errors import UnknownCodec, WireError
-from fedtide.wire.link import Dial, LinkDown, PublishRefused
+from fedtide.wire.disk import OS_DISK, Disk
+from fedtide.wire.errors import WireError
+from fedtide.wire.link import Dial, LinkDown
 from fedtide.wire.messages import EvaluationEvent, Head, TrainingEvent
 from fedtide.wire.plan import Plan, PlanManifest
 from fedtide.wire.signatures import PublicKey, SigningKey
+from fedtide.wire.steps import Step, reached
 from fedtide.wire.training import Training
 
 log = logging.getLogger(__name__)
 
 _AFTER_FETCH_TROUBLE_S: Final = 1.0
 _AFTER_LASTING_TROUBLE_S: Final = 30.0
-_LASTING_TROUBLE: Final = (PlanRefused, DataError, TrainingDiverged, StepFailed, UnknownCodec, ValueError)
-"""What will most likely be the same the next time; a person, or a newer head, has to change something."""
-_EVENTS: Final[tuple[tuple[type[Exception], str], ...]] = (
-    (PlanRefused, "plan.refused"),
-    (DataError, "data.unusable"),
-    (TrainingDiverged, "training.diverged"),
-    (StepDeadlineExceeded, "step.deadline"),
-    (MemoryLimitExceeded, "step.memory"),
-    (StepFailed, "step.failed"),
-    (Exception, "training.failed"),
-)
-"""What logs and reports call it: the first that fits."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +63,7 @@ class Workbench:
         rng: draws the order of examples and the waits.
         evaluate: evaluates on the examples held out.
         read: runs ``examples``, in a thread or at once.
-        sync: whether files are synced to disk.
+        disk: keeps the agent's files.
         clock: tells the time.
         beside: what runs as long as the agent, such as listening to sensors.
     """
@@ -85,7 +75,7 @@ class Workbench:
     rng: np.random.Generator
     evaluate: Evaluate = field(default_factory=InAThread)
     read: Read = read_at_once
-    sync: bool = True
+    disk: Disk = OS_DISK
     clock: Clock = SYSTEM_CLOCK
     beside: Callable[[], Coroutine[Any, Any, None]] | None = None
 
@@ -107,9 +97,9 @@ class Agent:
         self._settings = settings
         self._bench = bench
         self._clock = bench.clock
-        self._submission = Submission(settings, key, bench.clock.wall, sync=bench.sync)
+        self._submission = Submission(settings, key, bench.clock.wall, bench.disk)
         self._outbox = self._submission.outbox
-        slots = ModelSlots(settings.state / MODELS_DIRECTORY, coordinator, sync=bench.sync)
+        slots = ModelSlots(settings.state / MODELS_DIRECTORY, coordinator, bench.disk)
         fetcher = Fetcher(settings.fleet, settings.max_model_bytes)
         self._mailbox = Mailbox(
             settings,
@@ -122,12 +112,13 @@ class Agent:
         )
         self._models = Models(settings.inference, slots, self._mailbox, fetcher, bench.clock.now)
         self._reports = Reports(settings.fleet, settings.device, self._mailbox, bench.clock.now)
+        self._reports.tell_of_damage(self._outbox.damaged)
         self._hold_out = HoldOut()
-        self._kept = KeptFile(settings.state / KEPT_FILE, sync=bench.sync)
-        self._trial = PlanTrial(settings.state / TRIAL_FILE, sync=bench.sync)
+        self._kept = KeptFile(settings.state / KEPT_FILE, bench.disk)
+        self._trial = PlanTrial(settings.state / TRIAL_FILE, bench.disk)
         self._evaluated_version: int | None = None
         self._trained_version: int | None = None
-        self._trained_to = TrainedTo(settings.state / "trained-to", sync=bench.sync)
+        self._trained_to = TrainedTo(settings.state / "trained-to", bench.disk)
         self._short = False  # of examples, when last looked at
         self._look_after = self._look_wait_s = 0.0
         self._rest_until = 0.0
@@ -141,6 +132,7 @@ class Agent:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._mailbox.run(), name=f"{self._settings.device}.mailbox")
                 group.create_task(self._reports.run(), name=f"{self._settings.device}.reports")
+                group.create_task(self._reports.tell_of_protocol(), name=f"{self._settings.device}.protocol")
                 group.create_task(self._work(), name=f"{self._settings.device}.work")
                 if self._bench.beside is not None:
                     group.create_task(self._bench.beside(), name=f"{self._settings.device}.beside")
@@ -154,19 +146,21 @@ class Agent:
     async def _work(self) -> None:
         while True:
             try:
-                pending = self._outbox.oldest()
-                if pending is not None:
+                self._submission.finish()
+                if (pending := self._outbox.oldest()) is not None:
                     await self._deliver(pending)
                 await self._take_in(await self._mailbox.head(self._is_wanted, self._look_again_in_s))
             except (LinkDown, Superseded):
                 await asyncio.sleep(0)  # for the mailbox to see that, and dial; or it has a newer head
-            except PublishRefused as error:
-                await self._rest_after("publish.refused", error, _AFTER_LASTING_TROUBLE_S)
-            except _LASTING_TROUBLE as error:
-                event = next(name for kind, name in _EVENTS if isinstance(error, kind))
-                await self._rest_after(event, error, _AFTER_LASTING_TROUBLE_S)
+            except LASTING as error:
+                await self._rest_after(event_of(error), error, _AFTER_LASTING_TROUBLE_S)
             except (FetchFailed, WrongModel, WireError) as error:
                 await self._rest_after("fetch.failed", error, _AFTER_FETCH_TROUBLE_S)
+            except OSError as error:
+                failure = of_the_disk(error)
+                await self._rest_after(event_of(failure), failure, _AFTER_LASTING_TROUBLE_S)
+                if isinstance(failure, DiskFailed):
+                    raise failure from error
 
     async def _rest_after(self, event: str, error: Exception, longest_s: float) -> None:
         log.error("%s: %s", self._settings.device, error, extra={"event": event})
@@ -324,13 +318,15 @@ class Agent:
                     model.parameters, examples, training, self._bench.rng, version=version, kept=kept
                 )
             )
+        reached(Step.TRAINED)
         try:
-            self._submission.submit(model, result)
+            self._submission.make(model, result)
         except TrainingDiverged:
             self._kept.keep(model.plan, replace(kept, optimizer=()))  # it may be the cause
             raise
+        self._trained_version = version  # even if the disk takes the update only later
+        self._submission.finish()
         self._kept.keep(model.plan, result.kept)
-        self._trained_version = model.head.version
         if self._settings.data.min_new_examples:
             self._trained_to.note(dataset.newest)
         self.tally.trained += 1

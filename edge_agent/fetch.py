@@ -19,6 +19,7 @@ from fedtide.wire.topics import BLOB_CHUNK
 _OUTSTANDING: Final = 4
 _SILENCE_S: Final = 10.0
 _SILENCE_AFTER_A_HEAD_S: Final = 3.0  # the blob may have been cleared, and the new head may name another
+_UNSUBSCRIBING_S: Final = 5.0  # the broker has it all the same, only later
 
 
 class FetchFailed(Exception):
@@ -46,17 +47,24 @@ class Fetcher:
     _chunks: dict[int, bytes] = field(default_factory=dict)
     _arrived: asyncio.Event = field(default_factory=asyncio.Event)
     _head_came: bool = False
+    _patient_until: float = 0.0  # by the event loop's clock
 
     def take(self, blob: str, index: int, payload: bytes) -> None:
         """Take a delivered chunk; anything not asked for is ignored."""
         if blob == self._blob and 0 <= index < self._count and 0 < len(payload) <= MAX_CHUNK_BYTES:
             self._chunks[index] = payload
+            self._patient_until = _now() + self._patience_s
             self._arrived.set()
 
     def note_head(self) -> None:
-        """A head came: what is being fetched is given up soon after its chunks stop."""
-        self._head_came = True
-        self._arrived.set()
+        """A head came: what is being fetched is given up soon after its chunks stop.
+
+        Only the first counts: where versions follow each other quickly, no head would otherwise be the last.
+        """
+        if not self._head_came:
+            self._head_came = True
+            self._patient_until = min(self._patient_until, _now() + self._patience_s)
+            self._arrived.set()
 
     async def fetch(self, connection: Connection, ref: BlobRef) -> bytes:
         """The blob's content, checked.
@@ -78,19 +86,30 @@ class Fetcher:
         chunks, self._blob, self._chunks = self._chunks, None, {}
         return join_blob(ref, chunks)
 
+    @property
+    def _patience_s(self) -> float:
+        return _SILENCE_AFTER_A_HEAD_S if self._head_came else _SILENCE_S
+
     async def _pull(self, connection: Connection, ref: BlobRef, indexes: list[int]) -> None:
         names = [BLOB_CHUNK.name(self.fleet, blob=ref.id, index=index) for index in indexes]
         # NATS keeps a consumer for every QoS 1 subscription and runs out of them (it speaks 3.1.1 only).
         await connection.subscribe(names, qos=1 if connection.mqtt_version == "5" else 0)
         try:
+            self._patient_until = _now() + self._patience_s
             while any(index not in self._chunks for index in indexes):
                 self._arrived.clear()
-                async with asyncio.timeout(_SILENCE_AFTER_A_HEAD_S if self._head_came else _SILENCE_S):
+                async with asyncio.timeout_at(self._patient_until):
                     await self._arrived.wait()
         except TimeoutError:
             if self._head_came:
                 raise Superseded(f"no chunk of blob {ref.id} came after a newer head") from None
             raise FetchFailed(f"no chunk of blob {ref.id} came for {_SILENCE_S:g} s") from None
         finally:
-            with contextlib.suppress(LinkDown):  # which must not take the place of a cancellation
-                await connection.unsubscribe(names)
+            # Which must not take the place of a cancellation, nor hold it up where the link is dead.
+            with contextlib.suppress(LinkDown, TimeoutError):
+                async with asyncio.timeout(_UNSUBSCRIBING_S):
+                    await connection.unsubscribe(names)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

@@ -16,7 +16,7 @@ import numpy as np
 
 from edge_agent.dataset import Array
 from fedtide.wire import frame
-from fedtide.wire.durable import write_durably
+from fedtide.wire.disk import OS_DISK, Disk, write_durably
 from fedtide.wire.errors import MalformedFrame
 from fedtide.wire.frame import Message
 from fedtide.wire.ids import PlanId
@@ -97,17 +97,17 @@ class _Record(Message, frozen=True, kw_only=True):
 class KeptFile:
     """What a device keeps, in one file: the SHA-256 of the rest, then the plan's id and the tensors.
 
-    A file of another plan is of no use and is written over; a damaged one is left out with a log line, and
-    the next update starts as the first one did.
+    A file of another plan is of no use and is written over; one that is damaged or cannot be read is left out
+    with a log line, and the next update starts as the first one did.
 
     Args:
         path: the file; its directory must be there.
-        sync: False for simulated devices.
+        disk: where it is.
     """
 
-    def __init__(self, path: Path, *, sync: bool = True) -> None:
+    def __init__(self, path: Path, disk: Disk = OS_DISK) -> None:
         self._path = path
-        self._sync = sync
+        self._disk = disk
         self._plan: PlanId | None = None
         self._kept = NOTHING_KEPT
 
@@ -119,23 +119,23 @@ class KeptFile:
         return self._kept
 
     def keep(self, plan: Plan, kept: Kept) -> None:
-        """Keep this instead. What is not finite is not kept: the next update starts as the first one did."""
+        """Keep this instead. What is not finite is not kept: the next update starts as the first one did.
+
+        Raises:
+            OSError: the disk is full or failed; the next update starts from what was kept before.
+        """
         if not kept.is_finite:
             log.warning("What was kept is not finite and is dropped", extra={"event": "kept.dropped"})
             kept = NOTHING_KEPT
-        self._plan, self._kept = plan.id, kept
         if kept:
-            write_durably(self._path, _packed(plan.id, kept), sync=self._sync)
+            write_durably(self._disk, self._path, _packed(plan.id, kept))
         else:
-            self._path.unlink(missing_ok=True)
+            self._disk.remove(self._path)
+        self._plan, self._kept = plan.id, kept
 
     def _load(self, plan: Plan) -> Kept:
         try:
-            content = self._path.read_bytes()
-        except FileNotFoundError:
-            return NOTHING_KEPT
-        try:
-            record = _unpacked(content)
+            record = _unpacked(self._disk.read(self._path))
             if record.plan != plan.id:
                 return NOTHING_KEPT
             manifest = plan.manifest
@@ -144,7 +144,9 @@ class KeptFile:
                 _arrays(tuple(tensor for tensor, _ in own_tensors(manifest)), record.statistics),
                 _arrays(manifest.local_buffers, record.counters),
             )
-        except MalformedFrame as error:
+        except FileNotFoundError:
+            return NOTHING_KEPT
+        except (MalformedFrame, OSError) as error:
             log.warning("%s is not usable: %s", self._path, error, extra={"event": "kept.damaged"})
             return NOTHING_KEPT
 

@@ -6,50 +6,35 @@ It dials, announces the device, and files what arrives; the agent's work loop wa
 import asyncio
 import contextlib
 import logging
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Final
+from functools import partial
+from typing import Final, cast
 
 import numpy as np
 
+from edge_agent.answers import NO_MESSAGES, Answers
+from edge_agent.coordinator_view import CoordinatorView, SealedHead
 from edge_agent.fetch import Fetcher
 from edge_agent.outbox import Pending
 from edge_agent.settings import AgentSettings
+from edge_agent.turn import Turn
 from fedtide import __version__
 from fedtide.wire import frame, topics
 from fedtide.wire.clock import Clock
 from fedtide.wire.codecs import CODECS
-from fedtide.wire.errors import WireError
-from fedtide.wire.ids import Epoch, ModelVersion
+from fedtide.wire.errors import UnsupportedVersion, WireError
+from fedtide.wire.ids import ModelVersion
 from fedtide.wire.link import Connection, Delivery, Dial, LinkDown, PublishRefused, Reconnector, Session, Will
-from fedtide.wire.messages import (
-    CoordinatorState,
-    DownMessage,
-    Head,
-    MissingChunks,
-    Presence,
-    Receipt,
-    Resync,
-    Verdict,
-)
-from fedtide.wire.seal import unseal, unseal_any
-from fedtide.wire.signatures import COORDINATOR_DOMAIN, DOWN_DOMAIN, HEAD_DOMAIN, PublicKey
+from fedtide.wire.messages import DownMessage, Head, MissingChunks, Presence, Receipt, Resync
+from fedtide.wire.seal import unseal_any
+from fedtide.wire.signatures import DOWN_DOMAIN, PublicKey
 
 log = logging.getLogger(__name__)
 
-_UNREAD_HEADS: Final = 4  # more than one, so that a forgery does not push a real head out
 _ASK_AGAIN_S: Final = 5.0
 _ASK_AGAIN_AT_MOST_S: Final = 300.0
+_STATE_WAIT_S: Final = 1.0  # for the coordinator's retained state on a new connection
 _RECEIVE_MAXIMUM: Final = 4  # chunks under way to this device; the broker's memory for it is bounded by that
-
-
-@dataclass(frozen=True)
-class SealedHead:
-    """A head with the bytes it was signed as."""
-
-    head: Head
-    sealed: bytes
 
 
 class Mailbox:
@@ -66,7 +51,6 @@ class Mailbox:
 
     Attributes:
         connection: the live one, or None.
-        shards: number of ingest shards the coordinator announced.
     """
 
     def __init__(
@@ -89,20 +73,25 @@ class Mailbox:
         self._boot = rng.bytes(8).hex()
         self.connection: Connection | None = None
         self._news = asyncio.Event()
-        self._head: SealedHead | None = None
         self._heads = 0
-        self._unread_heads: deque[bytes] = deque(maxlen=_UNREAD_HEADS)
-        self._floor: tuple[Epoch, ModelVersion] = (Epoch(0), ModelVersion(0))
+        self._view = CoordinatorView(settings.fleet, coordinator, clock.wall)
         self._held: ModelVersion | None = None
-        self._coordinator_state: CoordinatorState | None = None
-        self._receipt: Receipt | None = None
-        self._missing: MissingChunks | None = None
-        self._resync = False
-        self.shards = 1
+        self._answers = Answers()
+        self._turn = Turn(rng, clock)
+        self._listening: Connection | None = None
+        self._heard_on: Connection | None = None  # the coordinator's state
+        self._greeted_on: Connection | None = None  # it, or a head
 
-    def never_below(self, head: Head) -> None:
-        """From here on older heads are ignored: this model has been run."""
-        self._floor, self._held = head.order, head.version
+    @property
+    def shards(self) -> int:
+        """Number of ingest shards the coordinator announced."""
+        return self._view.shards
+
+    def never_below(self, head: Head, *, held: bool = True) -> None:
+        """From here on older heads are ignored: this model has been run, and is ``held`` or no longer."""
+        self._view.never_below(head)
+        if held:
+            self._held = head.version
 
     async def run(self) -> None:
         """Connect, listen, connect again, until cancelled."""
@@ -147,16 +136,25 @@ class Mailbox:
 
     async def left_alone(self) -> None:
         """Wait until the coordinator is known to be away, perhaps for good."""
-        await self._until(self._coordinator_away)
+        await self._until(lambda: self._view.away)
+
+    async def not_understood(self) -> UnsupportedVersion:
+        """Wait until the coordinator is one that does not speak this build's protocol."""
+        await self._until(lambda: self._view.unsupported is not None)
+        return cast("UnsupportedVersion", self._view.unsupported)
+
+    async def understood(self) -> None:
+        """Wait until it is one that does."""
+        await self._until(lambda: self._view.unsupported is None)
 
     async def online(self, timeout_s: float | None = None) -> Connection:
-        """A live connection, while the coordinator is not known to be away.
+        """A live connection, while the coordinator is not known to be away, or to speak another protocol.
 
         Raises:
             TimeoutError: there was none for ``timeout_s`` seconds.
         """
         async with asyncio.timeout(timeout_s):
-            await self._until(lambda: self.connection is not None and not self._coordinator_away())
+            await self._until(lambda: self.connection is not None and not self._view.away)
         connection = self.connection
         if connection is None:
             raise LinkDown("the connection was lost")
@@ -172,47 +170,74 @@ class Mailbox:
             look_again_s: asked whenever a head is not wanted: seconds after which it may be, or None.
         """
         while True:
-            newest = self._newest_head()
+            newest = self._view.newest_head()
             if newest is not None and wanted(newest.head):
                 return newest
-            with contextlib.suppress(TimeoutError):
-                # Without a head there is nothing to ask about, and the times tell nothing.
-                async with asyncio.timeout(look_again_s() if newest is not None else None):
-                    await self._until(lambda: bool(self._unread_heads))
+            # Without a head there is nothing to ask about, and the times tell nothing.
+            wait_s = look_again_s() if newest is not None else None
+            await self._within(wait_s, lambda: self._view.has_unread_heads)
 
     def forget_answers(self) -> None:
         """Before an update is sent (again): what was answered to an earlier attempt does not count."""
-        self._receipt = self._missing = None
-        self._resync = False
+        self._answers.forget()
+
+    async def turn(self, connection: Connection, pending: Pending) -> Receipt | None:
+        """Wait until it is this device's turn to send; not where the coordinator asks for chunks meanwhile.
+
+        Returns:
+            The receipt of an earlier attempt, if it comes meanwhile: then there is nothing to send.
+
+        Raises:
+            LinkDown: the connection was lost, or the coordinator went away.
+        """
+        if self._greeted_on is not connection:
+            await self._within(
+                _STATE_WAIT_S, lambda: self._greeted_on is connection or self.connection is not connection
+            )
+        if self._turn.left_s and self.connection is connection:
+            self.forget_answers()
+        while (left_s := self._turn.left_s) and self.connection is connection and not self._view.away:
+            await self._within(left_s, partial(self._no_longer_waits, connection, pending, self._turn.moment))
+            if self._answers.has(pending):
+                return self._answers.receipt(pending)
+        if self.connection is not connection or self._view.away:
+            raise LinkDown("the connection or the coordinator was lost before it was this device's turn")
+        return None
+
+    def _no_longer_waits(self, connection: Connection, pending: Pending, moment: float) -> bool:
+        lost = self.connection is not connection or self._view.away
+        return lost or self._answers.has(pending) or self._turn.moment != moment
 
     async def answer(
-        self, pending: Pending, connection: Connection, timeout_s: float
+        self,
+        pending: Pending,
+        connection: Connection,
+        timeout_s: float,
+        messages: frozenset[bytes] = NO_MESSAGES,
     ) -> Receipt | MissingChunks | None:
-        """The coordinator's answer to an update sent over ``connection``; None: send it again."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._until(
-                    lambda: self._answered(pending) or self.connection is not connection or self._resync
-                )
-        except TimeoutError:
-            return None
-        receipt, missing, self._missing = self._receipt, self._missing, None
-        if receipt is not None and _answers(receipt, pending):
-            return receipt
-        return missing if missing is not None and _answers(missing, pending) else None
+        """The coordinator's answer to an update sent over ``connection``; None: send it again.
 
-    def _answered(self, pending: Pending) -> bool:
-        return any(
-            message is not None and _answers(message, pending) for message in (self._receipt, self._missing)
+        ``messages``: digests of those in which it was sent.
+        """
+        answers = self._answers
+        await self._within(
+            timeout_s,
+            lambda: answers.has(pending, messages) or self.connection is not connection or answers.resync,
         )
-
-    def _coordinator_away(self) -> bool:
-        return self._coordinator_state is not None and not self._coordinator_state.online
+        missing = answers.missing(pending)
+        answers.forget_missing()
+        return answers.receipt(pending, messages) or missing
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         while not condition():
             self._news.clear()
             await self._news.wait()
+
+    async def _within(self, seconds: float | None, condition: Callable[[], bool]) -> None:
+        """Wait until a condition holds, or so long; None: without end."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._until(condition)
 
     def _session(self) -> Session:
         will = Will(*self._presence_message(online=False))
@@ -232,6 +257,7 @@ class Mailbox:
                 boot=self._boot,
                 public_key=self._public.raw,
                 agent_version=__version__,
+                protocol=frame.PROTOCOL_VERSION,
                 codecs=tuple(CODECS),
                 model_version=self._held,
                 sent=self._clock.wall(),
@@ -253,6 +279,8 @@ class Mailbox:
         down = topics.DOWN.name(fleet, device=self._settings.device)
         await connection.subscribe([topics.COORDINATOR.name(fleet), topics.HEAD.name(fleet), down], qos=qos)
         log.info("Connected with MQTT %s", connection.mqtt_version, extra={"event": "link.up"})
+        if self._heard_on is not connection:
+            self._turn.come_back(self._view.state)
         self.connection = connection
         self._news.set()
         await self._ask_again(connection, qos, heads)
@@ -271,6 +299,7 @@ class Mailbox:
             wait_s = min(2 * wait_s, _ASK_AGAIN_AT_MOST_S)
 
     async def _file_deliveries(self, connection: Connection) -> None:
+        self._listening = connection
         async for delivery in connection.deliveries():
             connection.acknowledge(delivery)
             try:
@@ -286,58 +315,35 @@ class Mailbox:
         elif topic == topics.DOWN.name(fleet, device=self._settings.device):
             self._file_down(unseal_any(delivery.payload, DownMessage, self._coordinator, DOWN_DOMAIN))
         elif topic == topics.HEAD.name(fleet):
-            self._unread_heads.append(delivery.payload)
+            self._view.hear_head(delivery.payload)
+            self._greeted_on = self._listening
             self._heads += 1
             self._fetcher.note_head()
         elif topic == topics.COORDINATOR.name(fleet):
-            state = unseal(delivery.payload, CoordinatorState, self._coordinator, COORDINATOR_DOMAIN)
-            if self._coordinator_state is None or state.epoch >= self._coordinator_state.epoch:
-                self._coordinator_state, self.shards = state, max(1, state.shards)
+            self._hear_state(delivery.payload)
 
-    def _newest_head(self) -> SealedHead | None:
-        """Unsealed when it is asked for: while a device trains, heads may pass it by."""
-        unread = list(self._unread_heads)
-        self._unread_heads.clear()
-        for sealed in unread:  # all of them: the last to come is not always the newest
-            try:
-                head = unseal(sealed, Head, self._coordinator, HEAD_DOMAIN)
-            except WireError as error:
-                log.warning("Ignored a head: %s", error, extra={"event": "head.ignored"})
-                continue
-            if self._accepts(head):
-                self._head = SealedHead(head, sealed)
-        return self._head
-
-    def _accepts(self, head: Head) -> bool:
-        newest = max(self._floor, self._head.head.order) if self._head else self._floor
-        if head.fleet != self._settings.fleet or head.order < newest or head.version < self._floor[1]:
-            log.warning(
-                "Ignored the head of version %d, epoch %d: older than what this device has run",
-                head.version, head.epoch, extra={"event": "head.older"},
-            )  # fmt: skip
-            return False
-        if self._clock.wall() > head.expires:
-            log.warning("The head of version %d has expired: is the coordinator away?", head.version,
-                        extra={"event": "head.expired"})  # fmt: skip
-        return True
+    def _hear_state(self, sealed: bytes) -> None:
+        before, first = self._view.state, self._heard_on is not self._listening
+        self._view.hear_state(sealed)
+        if self._view.state is not None and self._view.state is not before:
+            self._turn.hear(None if first else before, self._view.state)
+            self._heard_on = self._greeted_on = self._listening
 
     def _file_down(self, message: frame.Message) -> None:
+        if isinstance(message, Receipt | MissingChunks) and not self._view.believes(message.epoch):
+            log.warning(
+                "Ignored what a coordinator of epoch %d says of update %d: epoch %d has begun",
+                message.epoch, message.counter, self._view.epoch, extra={"event": "coordinator.fenced"},
+            )  # fmt: skip
+            return
         match message:
             case Receipt():
-                if message.verdict is Verdict.REJECTED:
-                    log.warning(
-                        "Update %d was rejected: %s", message.counter, message.detail,
-                        extra={"event": "update.rejected", "reason": message.reason},
-                    )  # fmt: skip
-                self._receipt = message
+                self._answers.hear_receipt(message)
             case MissingChunks():
-                self._missing = message
+                self._answers.hear_missing(message)
             case Resync():
-                self._resync = True
+                self._answers.resync = True
+                self._turn.come_back(self._view.state)
 
     def _log_failure(self, error: LinkDown, wait_s: float) -> None:
         log.warning("%s; next attempt in %.1f s", error, wait_s, extra={"event": "link.retry"})
-
-
-def _answers(message: Receipt | MissingChunks, pending: Pending) -> bool:
-    return message.counter == pending.counter and message.digest == pending.digest

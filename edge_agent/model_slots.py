@@ -1,21 +1,24 @@
 """Model slots: the device's copy of the global model, in two slots, so that one of them is always whole.
 
-    a.model  b.model     length of the sealed head, the sealed head, the parameters
+    a.model  b.model     the sealed head and the parameters (:mod:`edge_agent.slot_file`)
     released.model       the same for the released model: the head that names it, its parameters
-    plans/{plan}.plan    the signed plan
+    plans/{plan}.plan    magic, CRC-32, the signed plan
 
 A new model replaces the older slot in one step (one rename, two syncs: cheap on an SD card). What is loaded
-is verified again: signature, fingerprint, plan. Another process may read while the agent writes.
+is verified again: signature, fingerprint, plan; they cover every byte but a few bits of a plan's compression.
+Another process may read while the agent writes.
 """
 
+import contextlib
 import logging
-import os
-import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from fedtide.wire.durable import sync_directory, write_durably
+from edge_agent.checked_file import body_of, checked
+from edge_agent.slot_file import MOST_END_BYTES, first_head, last_head, packed, unpacked
+from fedtide.wire.disk import OS_DISK, Disk, write_durably
 from fedtide.wire.errors import WireError
 from fedtide.wire.ids import Epoch, ModelVersion, PlanId
 from fedtide.wire.messages import Head, Release
@@ -28,7 +31,8 @@ log = logging.getLogger(__name__)
 
 _SLOTS: Final = ("a", "b")
 _RELEASED: Final = "released"
-_LENGTH: Final = struct.Struct("<I")
+_PLANS: Final = "plans"
+_PLAN_MAGIC: Final = b"ftp1"
 
 
 @dataclass(frozen=True)
@@ -83,21 +87,33 @@ class WrongModel(Exception):
 class ModelSlots:
     """Two slots on disk, and one for the released model.
 
+    A file that is damaged or cannot be read is not used.
+
     Args:
-        directory: made if it is not there.
+        directory: made when something is installed.
         key: the coordinator's, pinned.
-        sync: False for simulated devices.
+        disk: where the directory is.
     """
 
-    def __init__(self, directory: Path, key: PublicKey, *, sync: bool = True) -> None:
+    def __init__(self, directory: Path, key: PublicKey, disk: Disk = OS_DISK) -> None:
         self._directory = directory
         self._key = key
-        self._sync = sync
+        self._disk = disk
         self._active: str | None = None
         self._active_head: Head | None = None
         self._released_plan: PlanId | None = None
         self._opened: _OpenedPlan | None = None
         self._candidate: _OpenedPlan | None = None
+
+    def take_over(self) -> None:
+        """Make durable what a killed process installed, before this one runs it; for the one that writes.
+
+        Raises:
+            OSError: the disk failed.
+        """
+        for directory in (self._directory, self._directory / _PLANS):
+            with contextlib.suppress(FileNotFoundError):
+                self._disk.sync_directory(directory)
 
     def newest(self) -> InstalledModel | None:
         """The newest whole model on disk, or None."""
@@ -108,16 +124,21 @@ class ModelSlots:
         self._active_head = model.head
         return model
 
+    def last_head(self) -> Head | None:
+        """The newest head in any slot, whether its model is still whole or not; None: there is none."""
+        heads = [head for slot in (*_SLOTS, _RELEASED) for head in self._heads_in(self._slot_file(slot))]
+        return max(heads, key=lambda head: head.order, default=None)
+
     def released(self) -> ReleasedModel | None:
         """The released model on disk, or None."""
         try:
-            sealed, content = _unpack(self._slot_file(_RELEASED).read_bytes())
+            sealed, content = unpacked(self._disk.read(self._slot_file(_RELEASED)))
             head = unseal(sealed, Head, self._key, HEAD_DOMAIN)
-            opened = self._open(self._plan_file(head.plan).read_bytes())
+            opened = self._open(self._read_plan(head.plan))
             model = _checked_release(head, opened.plan, content)
         except FileNotFoundError:
             return None
-        except (WireError, WrongModel) as error:
+        except (WireError, WrongModel, OSError) as error:
             log.warning("The released model is not usable: %s", error, extra={"event": "slot.damaged"})
             return None
         self._released_plan = head.plan
@@ -141,11 +162,11 @@ class ModelSlots:
             if opened is not None and opened.plan.id == plan:
                 return opened.blob
         try:
-            blob = self._plan_file(plan).read_bytes()
+            blob = self._read_plan(plan)
             self.plan(blob, plan)
         except FileNotFoundError:
             return None
-        except (WireError, WrongModel) as error:
+        except (WireError, WrongModel, OSError) as error:
             log.warning("Plan %s is not usable: %s", plan, error, extra={"event": "slot.damaged"})
             return None
         return blob
@@ -167,13 +188,13 @@ class ModelSlots:
         Raises:
             WrongModel: parameters or plan are not the head's.
             WireError: the plan is malformed or not signed.
+            OSError: the disk is full or failed; the models installed before are still there.
         """
         opened = self._open(plan_blob)
         model = _checked(head, opened.plan, content)
         self._keep_plan(head.plan, opened)
         slot = "b" if self._active == "a" else "a"
-        packed = _LENGTH.pack(len(sealed_head)) + sealed_head + content
-        write_durably(self._slot_file(slot), packed, sync=self._sync)
+        write_durably(self._disk, self._slot_file(slot), packed(sealed_head, content))
         self._active, self._active_head = slot, head
         return model
 
@@ -185,13 +206,13 @@ class ModelSlots:
         Raises:
             WrongModel: parameters or plan are not the release's, or the head names none.
             WireError: the plan is malformed or not signed.
+            OSError: the disk is full or failed; the release installed before is still there.
         """
         opened = self._open(plan_blob)
         model = _checked_release(head, opened.plan, content)
         self._keep_plan(head.plan, opened)
         if not self._link_active(head):
-            packed = _LENGTH.pack(len(sealed_head)) + sealed_head + content
-            write_durably(self._slot_file(_RELEASED), packed, sync=self._sync)
+            write_durably(self._disk, self._slot_file(_RELEASED), packed(sealed_head, content))
         self._released_plan = head.plan
         return model
 
@@ -203,21 +224,21 @@ class ModelSlots:
         target = self._slot_file(_RELEASED)
         link = target.with_name(target.name + ".new")
         try:
-            link.unlink(missing_ok=True)
-            os.link(self._slot_file(self._active), link)
+            self._disk.remove(link)
+            self._disk.link(self._slot_file(self._active), link)
         except OSError:
             return False  # a file system without links
-        link.replace(target)
-        link.unlink(missing_ok=True)  # renaming a file onto another name of itself does nothing
-        if self._sync:
-            sync_directory(self._directory)
+        self._disk.replace(link, target)
+        self._disk.remove(link)  # renaming a file onto another name of itself does nothing
+        self._disk.sync_directory(self._directory)
         return True
 
     def _keep_plan(self, plan: PlanId, opened: _OpenedPlan) -> None:
         """Write a plan's file, unless it is the one in use."""
-        if opened is not self._opened or not self._plan_file(plan).exists():
-            (self._directory / "plans").mkdir(parents=True, exist_ok=True)
-            write_durably(self._plan_file(plan), opened.blob, sync=self._sync)
+        directory, file = self._directory / _PLANS, self._plan_file(plan)
+        if opened is not self._opened or file.name not in self._disk.names(directory):
+            self._disk.make_directory(directory)
+            write_durably(self._disk, file, checked(_PLAN_MAGIC, opened.blob))
             self._forget_other_plans(plan)
         self._opened = opened
 
@@ -231,36 +252,46 @@ class ModelSlots:
     def _forget_other_plans(self, newest: PlanId) -> None:
         """Keep the plans of the newest model, the one in use and the released one: a disk is no history."""
         active = self._active_head.plan if self._active_head else None
-        kept = {self._plan_file(plan) for plan in (newest, active, self._released_plan) if plan is not None}
-        for file in (self._directory / "plans").glob("*.plan"):
-            if file not in kept:
-                file.unlink()
+        plans = (newest, active, self._released_plan)
+        kept = {self._plan_file(plan).name for plan in plans if plan is not None}
+        directory = self._directory / _PLANS
+        for name in self._disk.names(directory):
+            if name not in kept:  # what a power cut left unfinished among them
+                self._disk.remove(directory / name)
 
     def _load(self, slot: str) -> tuple[InstalledModel, _OpenedPlan] | None:
         try:
-            sealed, content = _unpack(self._slot_file(slot).read_bytes())
+            sealed, content = unpacked(self._disk.read(self._slot_file(slot)))
             head = unseal(sealed, Head, self._key, HEAD_DOMAIN)
-            opened = self._open(self._plan_file(head.plan).read_bytes())
+            opened = self._open(self._read_plan(head.plan))
             return _checked(head, opened.plan, content), opened
         except FileNotFoundError:
             return None
-        except (WireError, WrongModel) as error:
+        except (WireError, WrongModel, OSError) as error:
             log.warning("Slot %s is not usable: %s", slot, error, extra={"event": "slot.damaged"})
             return None
+
+    def _heads_in(self, file: Path) -> Iterator[Head]:
+        """Those at a slot's two ends that are as they were signed; only its ends are read."""
+        try:
+            size_bytes = self._disk.size(file)
+            first = self._disk.read(file, 0, MOST_END_BYTES)
+            last = self._disk.read(file, max(0, size_bytes - MOST_END_BYTES))
+        except OSError:
+            return
+        for sealed in (first_head(first), last_head(last)):
+            with contextlib.suppress(WireError):
+                yield unseal(sealed, Head, self._key, HEAD_DOMAIN)
+
+    def _read_plan(self, plan: PlanId) -> bytes:
+        return body_of(_PLAN_MAGIC, self._disk.read(self._plan_file(plan)))
 
     def _slot_file(self, slot: str) -> Path:
         return self._directory / f"{slot}.model"
 
     def _plan_file(self, plan: PlanId) -> Path:
         # A head is signed, but a name from the network never becomes a path unchecked.
-        return self._directory / "plans" / f"{bytes.fromhex(plan).hex()}.plan"
-
-
-def _unpack(packed: bytes) -> tuple[bytes, bytes]:
-    if len(packed) < _LENGTH.size:
-        raise WrongModel(f"a slot of {len(packed)} bytes")
-    end = _LENGTH.size + _LENGTH.unpack_from(packed)[0]
-    return packed[_LENGTH.size : end], packed[end:]
+        return self._directory / _PLANS / f"{bytes.fromhex(plan).hex()}.plan"
 
 
 def _checked(head: Head, plan: Plan, content: bytes) -> InstalledModel:

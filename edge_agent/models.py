@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+from edge_agent.coordinator_view import SealedHead
 from edge_agent.fetch import Fetcher, FetchFailed, Superseded
-from edge_agent.mailbox import Mailbox, SealedHead
+from edge_agent.mailbox import Mailbox
 from edge_agent.model_slots import InstalledModel, ModelSlots, WrongModel
 from edge_agent.model_source import HeldModel, ModelSource
 from edge_agent.settings import Inference
@@ -15,6 +16,7 @@ from fedtide.wire.errors import WireError
 from fedtide.wire.link import LinkDown
 from fedtide.wire.messages import Head, Release
 from fedtide.wire.parameters import Schema, to_bytes
+from fedtide.wire.steps import Step, reached
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +59,12 @@ class Models:
         self._clock = clock
         self._idle_fetch_after = 0.0
         self._release_after = 0.0
+        slots.take_over()
         self.newest: InstalledModel | None = slots.newest()
         released = slots.released()  # only its head is kept: training needs the memory
         self.released: Head | None = None if released is None else released.head
+        if (last := slots.last_head()) is not None:
+            mailbox.never_below(last, held=False)  # it was run, even if its file is damaged since
         if self.newest is not None:
             mailbox.never_below(self.newest.head)
 
@@ -98,7 +103,9 @@ class Models:
             parameters = held.parameters  # the coordinator began anew, at the version it had
         else:
             parameters = await self._source.parameters(head, schema, held)
+        reached(Step.MODEL_FETCHED)
         self.newest = self._slots.install(newest.sealed, head, plan_blob, to_bytes(parameters))
+        reached(Step.MODEL_INSTALLED)
         self._mailbox.never_below(head)
         return self.newest
 

@@ -1,14 +1,20 @@
 """Eligibility by examples: whether enough have come to train, for the first time or again."""
 
 import logging
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from edge_agent.checked_file import body_of, checked
 from edge_agent.dataset import Dataset
-from fedtide.wire.durable import write_durably
+from fedtide.wire.disk import OS_DISK, Disk, write_durably
+from fedtide.wire.errors import MalformedFrame
 
 log = logging.getLogger(__name__)
+
+_MAGIC: Final = b"fte1"
+_MARK: Final = struct.Struct("<q")
 
 FIRST_LOOK_S: Final = 1.0
 LONGEST_LOOK_S: Final = 30.0
@@ -52,26 +58,33 @@ class TrainedTo:
 
     Args:
         file: where it is kept.
-        sync: False for simulated devices.
+        disk: where the file is.
     """
 
-    def __init__(self, file: Path, *, sync: bool = True) -> None:
+    def __init__(self, file: Path, disk: Disk = OS_DISK) -> None:
         self._file = file
-        self._sync = sync
-        self.mark = _read(file)
+        self._disk = disk
+        self.mark = self._read()
 
     def note(self, mark: int) -> None:
-        """Remember it over restarts; written only when it is another."""
+        """Remember it over restarts; written only when it is another.
+
+        Raises:
+            OSError: the disk is full or failed; the mark is as it was.
+        """
         if mark != self.mark:
-            write_durably(self._file, b"%d\n" % mark, sync=self._sync)
+            write_durably(self._disk, self._file, checked(_MAGIC, _MARK.pack(mark)))
             self.mark = mark
 
-
-def _read(file: Path) -> int | None:
-    try:
-        return int(file.read_text(encoding="ascii"))
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        log.warning("%s is damaged: all examples count as new", file, extra={"event": "examples.unknown"})
-        return None
+    def _read(self) -> int | None:
+        try:
+            body = body_of(_MAGIC, self._disk.read(self._file), _MARK.size)
+        except FileNotFoundError:
+            return None
+        except (MalformedFrame, OSError) as error:
+            log.warning(
+                "%s is damaged, and all examples count as new: %s", self._file, error,
+                extra={"event": "examples.unknown"},
+            )  # fmt: skip
+            return None
+        return int(_MARK.unpack(body)[0])

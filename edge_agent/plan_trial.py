@@ -14,15 +14,17 @@ from typing import Final
 
 import msgspec
 
+from edge_agent.checked_file import body_of, checked
 from edge_agent.plan_guard import PlanRefused
 from fedtide.wire import frame
-from fedtide.wire.durable import write_durably
+from fedtide.wire.disk import OS_DISK, Disk, write_durably
 from fedtide.wire.errors import WireError
 from fedtide.wire.frame import Message
 from fedtide.wire.ids import PlanId
 
 log = logging.getLogger(__name__)
 
+_MAGIC: Final = b"ftt1"
 MOST_TRIALS: Final = 3
 """A power cut during a trial looks the same as a crash; three in a row during the first update do not."""
 
@@ -41,13 +43,13 @@ class PlanTrial:
 
     Args:
         path: its file; the directory must be there.
-        sync: False for simulated devices.
+        disk: where it is.
     """
 
-    def __init__(self, path: Path, *, sync: bool = True) -> None:
+    def __init__(self, path: Path, disk: Disk = OS_DISK) -> None:
         self._path = path
-        self._sync = sync
-        self._note = _read(path)
+        self._disk = disk
+        self._note = self._read()
 
     def check(self, plan: PlanId) -> None:
         """Before anything of the plan is run.
@@ -71,6 +73,7 @@ class PlanTrial:
 
         Raises:
             PlanRefused: as for :meth:`check`.
+            OSError: the disk is full or failed; nothing was begun, or what was begun has ended well.
         """
         with self.evaluation(plan):
             yield
@@ -83,6 +86,7 @@ class PlanTrial:
 
         Raises:
             PlanRefused: as for :meth:`check`.
+            OSError: as for :meth:`update`.
         """
         self.check(plan)
         note = self._note if self._note is not None and self._note.plan == plan else _Note(plan=plan)
@@ -93,10 +97,15 @@ class PlanTrial:
         try:
             yield
         finally:
+            self._note = note  # the process is alive, whatever the disk says
             self._write(note)
 
     def refuse(self, plan: PlanId, reason: str) -> None:
-        """Never run this plan again."""
+        """Never run this plan again.
+
+        Raises:
+            OSError: the disk is full or failed.
+        """
         self._write(_Note(plan=plan, refused=reason))
 
     def _refusal(self, reason: str) -> str:
@@ -106,15 +115,14 @@ class PlanTrial:
         )
 
     def _write(self, note: _Note) -> None:
+        write_durably(self._disk, self._path, checked(_MAGIC, frame.pack(note)))
         self._note = note
-        write_durably(self._path, frame.pack(note), sync=self._sync)
 
-
-def _read(path: Path) -> _Note | None:
-    try:
-        return frame.unpack(path.read_bytes(), _Note)
-    except FileNotFoundError:
-        return None
-    except WireError as error:
-        log.warning("%s is damaged and left out: %s", path, error, extra={"event": "trial.damaged"})
-        return None
+    def _read(self) -> _Note | None:
+        try:
+            return frame.unpack(body_of(_MAGIC, self._disk.read(self._path)), _Note)
+        except FileNotFoundError:
+            return None
+        except (WireError, OSError) as error:
+            log.warning("%s is damaged and left out: %s", self._path, error, extra={"event": "trial.damaged"})
+            return None

@@ -3,12 +3,14 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Final, TypeAlias
 
 from edge_agent.mailbox import Mailbox
+from edge_agent.troubles import event_of, trouble
 from fedtide.wire import frame, topics
-from fedtide.wire.ids import DeviceId, FleetId, ModelVersion
+from fedtide.wire.ids import DeviceId, FleetId
 from fedtide.wire.link import LinkDown, PublishRefused
 from fedtide.wire.messages import EvaluationEvent, TrainingEvent, Trouble
 
@@ -16,7 +18,6 @@ log = logging.getLogger(__name__)
 
 _EVERY_S: Final = 5.0  # every update carries its loss anyway; a fast device need not say it twice
 _SAME_TROUBLE_EVERY_S: Final = 300.0  # a coordinator that started since has not heard of it
-_MOST_DETAIL: Final = 200
 
 Report: TypeAlias = TrainingEvent | EvaluationEvent | Trouble
 
@@ -45,6 +46,7 @@ class Reports:
         self._not_before: dict[type[Report], float] = {}
         self._trouble: Trouble | None = None
         self._trouble_again = 0.0
+        self._damage: Trouble | None = None
         self._news = asyncio.Event()
 
     def tell(self, report: TrainingEvent | EvaluationEvent) -> None:
@@ -66,8 +68,25 @@ class Reports:
         self._waiting.pop(TrainingEvent, None)  # it would end this trouble, which came later
         self._news.set()
 
+    def tell_of_damage(self, files: Sequence[Path]) -> None:
+        """Tell once, before anything else, that files were damaged at the start. No training ends that."""
+        if files:
+            names = ", ".join(file.name for file in files)
+            detail = f"damaged on disk: {names} in {files[0].parent}; if this comes again, replace the disk"
+            self._damage = trouble("outbox.damaged", OSError(detail), None)
+
+    async def tell_of_protocol(self) -> None:
+        """Tell of a coordinator that does not speak this build's protocol, until cancelled."""
+        while True:
+            error = await self._mailbox.not_understood()
+            log.error("Nothing is sent to this coordinator: %s", error, extra={"event": event_of(error)})
+            self.tell_trouble(trouble(event_of(error), error, None))
+            await self._mailbox.understood()
+
     async def run(self) -> None:
         """Send what is told, until cancelled."""
+        if self._damage is not None:
+            await self._send_surely(self._damage)
         while True:
             if not self._waiting:
                 self._news.clear()
@@ -86,6 +105,18 @@ class Reports:
             except (LinkDown, PublishRefused) as error:
                 log.debug("A report was lost: %s", error)
 
+    async def _send_surely(self, report: Report) -> None:
+        while True:
+            connection = await self._mailbox.connected()
+            try:
+                await connection.publish(self._topic, frame.to_frame(report), qos=topics.EVENT.qos)
+            except PublishRefused:
+                return
+            except LinkDown:
+                await asyncio.sleep(0)  # for the mailbox to see that, and dial
+            else:
+                return
+
     def _due(self, kind: type[Report]) -> float:
         return self._not_before.get(kind, 0.0)
 
@@ -95,8 +126,3 @@ class Reports:
                 await self._news.wait()
         except TimeoutError:
             pass
-
-
-def trouble(event: str, error: Exception, version: ModelVersion | None) -> Trouble:
-    """A report of what went wrong, its text short enough for a table."""
-    return Trouble(event=event, detail=str(error)[:_MOST_DETAIL], version=version)

@@ -1,6 +1,7 @@
 """Sending updates: from the outbox, in chunks, again and again, until the receipt comes."""
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Final
@@ -13,8 +14,10 @@ from edge_agent.settings import AgentSettings
 from edge_agent.submission import Submission
 from fedtide.wire import topics
 from fedtide.wire.chunks import chunk_bytes, update_chunks
+from fedtide.wire.envelope import update_digest
 from fedtide.wire.link import Connection, LinkDown
 from fedtide.wire.messages import MissingChunks, Reason, Receipt, Verdict
+from fedtide.wire.steps import Step, reached
 
 _LONGEST_RECEIPT_WAIT_S: Final = 120.0
 
@@ -67,6 +70,7 @@ class Sender:
 
         Raises:
             PublishRefused: the broker does not take it.
+            OSError: the disk did not take what the receipt says; ``Submission.finish`` does it.
         """
         settings = self._settings
         attempts = count()
@@ -79,7 +83,9 @@ class Sender:
             except TimeoutError:
                 return None
             try:
-                receipt = await self._attempt(connection, pending, next(attempts))
+                receipt = await self._mailbox.turn(connection, pending)
+                if receipt is None:
+                    receipt = await self._attempt(connection, pending, next(attempts))
             except LinkDown:
                 continue
             if receipt is None:
@@ -88,8 +94,10 @@ class Sender:
             if receipt.reason is Reason.UNKNOWN_DEVICE:
                 await asyncio.sleep(receipt.retry_after_s)  # until the operator has enrolled this device
                 continue
-            self._submission.settle(pending.counter, receipt.verdict, receipt.reason)
+            reached(Step.RECEIPT_TAKEN)
+            self._outbox.go_above(receipt.highest)
             self._count(receipt)
+            self._submission.settle(pending.counter, receipt.verdict, receipt.reason)
             return receipt.retry_after_s
 
     async def _attempt(self, connection: Connection, pending: Pending, attempt: int) -> Receipt | None:
@@ -97,18 +105,19 @@ class Sender:
         device, fleet = self._settings.device, self._settings.fleet
         topic = topics.UPDATE.name(fleet, shard=topics.shard_of(device, self._mailbox.shards), device=device)
         chunks = update_chunks(pending.envelope, pending.counter, chunk_bytes(connection.max_packet_bytes))
+        messages = frozenset(map(update_digest, chunks))
         self._outbox.note_sent(pending.counter)
         self._mailbox.forget_answers()
         self._tally.sent += 1
-        await asyncio.gather(*(connection.publish(topic, chunk) for chunk in chunks))
+        await _publish(connection, topic, chunks)
+        reached(Step.UPDATE_SENT)
         longest_s = min(_LONGEST_RECEIPT_WAIT_S, self._settings.receipt_timeout_s * 2.0 ** min(attempt, 10))
         while True:
             wait_s = longest_s * float(self._rng.uniform(0.75, 1.0))
-            answer = await self._mailbox.answer(pending, connection, wait_s)
+            answer = await self._mailbox.answer(pending, connection, wait_s, messages)
             if not isinstance(answer, MissingChunks):
                 return answer
-            wanted = (chunks[index] for index in answer.indexes if 0 <= index < len(chunks))
-            await asyncio.gather(*(connection.publish(topic, chunk) for chunk in wanted))
+            await _publish(connection, topic, [chunks[i] for i in answer.indexes if 0 <= i < len(chunks)])
 
     def _count(self, receipt: Receipt) -> None:
         match receipt.verdict:
@@ -118,3 +127,11 @@ class Sender:
                 self._tally.duplicate += 1
             case Verdict.REJECTED:
                 self._tally.rejected += 1
+
+
+async def _publish(connection: Connection, topic: str, chunks: Sequence[bytes]) -> None:
+    async def one(chunk: bytes) -> None:
+        await connection.publish(topic, chunk)
+        reached(Step.CHUNK_SENT)
+
+    await asyncio.gather(*map(one, chunks))

@@ -18,6 +18,7 @@ import numpy as np
 from edge_agent.readings import Sampler, Sampling, topic_filters
 from edge_agent.window_ring import Layout, WindowRing
 from edge_agent.windows import Floats
+from fedtide.wire.disk import OS_DISK, Disk
 from fedtide.wire.link import Broker, Connection, Dial, LinkDown, Reconnector, Session
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ class SensorListener:
         listening: to what.
         dial: makes connections to ``listening.broker``.
         rng: draws the waits between connections.
-        sync: False for simulated devices.
+        disk: where the ring is.
 
     Attributes:
         listening: what it was made with.
@@ -64,12 +65,12 @@ class SensorListener:
     """
 
     def __init__(
-        self, listening: Listening, dial: Dial, rng: np.random.Generator, *, sync: bool = True
+        self, listening: Listening, dial: Dial, rng: np.random.Generator, disk: Disk = OS_DISK
     ) -> None:
         self.listening = listening
         self._sampler = Sampler(listening.sampling)
         self._reconnector = Reconnector(dial, listening.broker, rng, self._log_failure)
-        self._sync = sync
+        self._disk = disk
         self._ring: WindowRing | None = None
         self._waiting: list[Floats] = []
         self._writing = threading.Lock()  # whoever is cancelled does not wait for the thread that writes
@@ -145,9 +146,7 @@ class SensorListener:
         with self._writing:
             try:
                 if self._ring is None:
-                    self._ring = WindowRing(
-                        listening.ring, listening.layout, listening.max_bytes, sync=self._sync
-                    )
+                    self._ring = WindowRing(listening.ring, listening.layout, listening.max_bytes, self._disk)
                 self._ring.append(np.stack(windows).reshape(len(windows), listening.layout.values))
             except OSError as error:
                 self._ring = None  # the next one looks at what is there

@@ -18,6 +18,7 @@ from edge_agent.dataset import Dataset
 from edge_agent.plan_runtime import LocalResult, Trainer
 from edge_agent.sender import Tally
 from edge_agent.settings import AgentSettings
+from fedtide.wire.disk import UNSYNCED_DISK
 from fedtide.wire.ids import PlanId
 from fedtide.wire.link import Traffic
 from fedtide.wire.mqtt import MqttDialler
@@ -122,7 +123,7 @@ class SimulatedFleet:
             trainer=self._pool.trainer,
             compute=_paced(device.seconds_per_update),
             rng=rng,
-            sync=False,
+            disk=UNSYNCED_DISK,
         )
         agent = Agent(device.settings, device.key, bench)
         self.tallies[name].append(agent.tally)

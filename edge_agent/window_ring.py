@@ -11,7 +11,6 @@ Positions count all windows ever appended, from 1, so that "new since" has a mea
 
 import contextlib
 import logging
-import os
 import struct
 import zlib
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_agent.windows import Floats
-from fedtide.wire.durable import write_durably
+from fedtide.wire.disk import OS_DISK, Disk, write_durably
 
 log = logging.getLogger(__name__)
 
@@ -104,25 +103,25 @@ class WindowRing:
         directory: made if it is not there.
         layout: of the windows. Segments of another layout are removed, and their count is gone on with.
         max_bytes: of all files together.
-        sync: False for simulated devices.
+        disk: where the directory is; what reads the windows reads the operating system's.
 
     Raises:
         ValueError: ``max_bytes`` is too few for a window in each of eight segments.
         OSError: the directory cannot be written to.
     """
 
-    def __init__(self, directory: Path, layout: Layout, max_bytes: int, *, sync: bool = True) -> None:
+    def __init__(self, directory: Path, layout: Layout, max_bytes: int, disk: Disk = OS_DISK) -> None:
         self._segment_windows = layout.capacity(max_bytes) // (_SEGMENTS - 1)
         if self._segment_windows < 1:
             raise ValueError(
                 f"a ring of {max_bytes:,} bytes is too small for its windows; "
                 f"it needs at least {layout.least_bytes:,}"
             )
-        directory.mkdir(parents=True, exist_ok=True)
+        disk.make_directory(directory)
         self._directory = directory
         self._layout = layout
         self._max_bytes = max_bytes
-        self._sync = sync
+        self._disk = disk
         self._segments: list[_Segment] = []
         self._recover()
 
@@ -148,18 +147,18 @@ class WindowRing:
     def _write(self, windows: Floats) -> None:
         segment = self._segments[-1]
         records = b"".join(_record(window) for window in windows)
+        if self._disk.size(segment.path) != segment.bytes:  # an earlier attempt left something behind
+            self._disk.truncate(segment.path, segment.bytes)
+        appending = self._disk.open_log(segment.path)
         try:
-            with segment.path.open("r+b") as file:
-                file.seek(segment.bytes)
-                file.write(records)
-                file.truncate()
-                file.flush()
-                if self._sync:
-                    os.fsync(file.fileno())
+            appending.append(records)
+            appending.sync()
         except OSError:
             with contextlib.suppress(OSError):
-                os.truncate(segment.path, segment.bytes)
+                self._disk.truncate(segment.path, segment.bytes)
             raise
+        finally:
+            appending.close()
         self._segments[-1] = replace(segment, count=segment.count + len(windows))
 
     def _begin_segment(self) -> None:
@@ -167,7 +166,7 @@ class WindowRing:
         self._remove_oldest(full_bytes, keep=1)  # never the newest before the next is there: it has the count
         first = self.total + 1
         path = self._directory / f"{first:020d}{_SUFFIX}"
-        write_durably(path, _header(self._layout, first), sync=self._sync)
+        write_durably(self._disk, path, _header(self._layout, first))
         self._segments.append(_Segment(path, self._layout, first, 0))
         self._remove_oldest(full_bytes - _HEADER_BYTES, keep=1)
 
@@ -175,23 +174,25 @@ class WindowRing:
         while len(self._segments) > keep:
             if sum(segment.bytes for segment in self._segments) + room_bytes <= self._max_bytes:
                 return
-            self._segments.pop(0).path.unlink(missing_ok=True)
+            self._disk.remove(self._segments.pop(0).path)
 
     def _recover(self) -> None:
         """Find what is there, drop the tail that a power cut left, remove what is of no use."""
-        for unfinished in self._directory.glob(f"*{_SUFFIX}.new"):
-            unfinished.unlink()
-        for path in sorted(self._directory.glob(f"*{_SUFFIX}")):
-            segment = _opened(path)
+        names = self._disk.names(self._directory)
+        for unfinished in (name for name in names if name.endswith(f"{_SUFFIX}.new")):
+            self._disk.remove(self._directory / unfinished)
+        for path in (self._directory / name for name in names if name.endswith(_SUFFIX)):
+            segment = _opened(path, self._disk.read(path))
             if segment is None:
                 log.error("%s is damaged and was removed", path, extra={"event": "ring.damaged"})
-                path.unlink()
+                self._disk.remove(path)
             else:
                 self._segments.append(segment)
         if not self._segments:
             return
         newest = self._segments[-1]
-        os.truncate(newest.path, newest.bytes)
+        if self._disk.size(newest.path) != newest.bytes:
+            self._disk.truncate(newest.path, newest.bytes)
         if any(segment.layout != self._layout for segment in self._segments):
             log.warning(
                 "%s holds windows of other channels or sizes; they are removed", self._directory,
@@ -200,7 +201,7 @@ class WindowRing:
             self._begin_segment()
             for segment in self._segments[:-1]:
                 if segment.path != self._segments[-1].path:  # as that of one without windows is
-                    segment.path.unlink(missing_ok=True)
+                    self._disk.remove(segment.path)
             del self._segments[:-1]
         self._remove_oldest(0, keep=1)
 
@@ -266,9 +267,8 @@ def _record(window: Floats) -> bytes:
     return _CRC.pack(zlib.crc32(values)) + values
 
 
-def _opened(path: Path) -> _Segment | None:
+def _opened(path: Path, content: bytes) -> _Segment | None:
     """A segment with as many windows as are whole at its end; None if its header is damaged."""
-    content = path.read_bytes()
     segment = _parsed(path, content)
     if segment is None:
         return None

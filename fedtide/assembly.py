@@ -61,7 +61,10 @@ def end_process(note: Path, plan: PlanId, reason: str) -> None:
 
     The service starts it again, and the agent then reports the plan as refused.
     """
-    PlanTrial(note).refuse(plan, reason)
+    try:
+        PlanTrial(note).refuse(plan, reason)
+    except OSError:
+        log.exception("That this plan does not stop could not be noted", extra={"event": "disk.failed"})
     log.critical("%s; the agent ends itself", reason, extra={"event": "plan.endless"})
     os._exit(EXIT_PLAN_DOES_NOT_STOP)
 

@@ -1,6 +1,5 @@
 """Errors that people can act on are shown as one sentence; everything else keeps its traceback."""
 
-import sqlite3
 import sys
 from collections.abc import Callable
 from typing import Final
@@ -18,6 +17,8 @@ _EXPLAINED: Final = frozenset(
         "DamagedPlanFile",
         "DataError",
         "DemoFailed",
+        "DiskFailed",
+        "Fenced",
         "FleetExists",
         "JournalDamaged",
         "KeyConflict",
@@ -26,10 +27,11 @@ _EXPLAINED: Final = frozenset(
         "PlanRejected",
         "ReplayMismatch",
         "RosterFull",
+        "StorageFailed",
         "TaskError",
     }
 )
-_BASES: Final = (SettingsError, WireError, FileNotFoundError, PermissionError, sqlite3.OperationalError)
+_BASES: Final = (SettingsError, WireError, OSError)
 
 
 def explained(command: Callable[[], None]) -> Callable[[], None]:
@@ -38,10 +40,18 @@ def explained(command: Callable[[], None]) -> Callable[[], None]:
     def run() -> None:
         try:
             command()
-        except Exception as error:
+        except Exception as raised:
+            error = _alone(raised)
             if not isinstance(error, _BASES) and type(error).__name__ not in _EXPLAINED:
                 raise
             click.echo(f"Error: {error}", err=True)
             sys.exit(1)
 
     return run
+
+
+def _alone(error: Exception) -> Exception:
+    """What one of several tasks failed with, out of the group that the others' end made of it."""
+    while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error

@@ -22,6 +22,7 @@ from edge_agent.settings import AgentSettings, Inference, LocalTraining
 from fedtide.wire import codecs, frame, topics
 from fedtide.wire import messages as wire
 from fedtide.wire.chunks import Assembler, blob_ref, split
+from fedtide.wire.disk import UNSYNCED_DISK
 from fedtide.wire.envelope import Envelope, open_update, update_digest
 from fedtide.wire.frame import Message
 from fedtide.wire.ids import Counter, DeviceId, Epoch, FleetId, ModelVersion
@@ -355,10 +356,22 @@ class ScriptedCoordinator:
         await self._publish(topics.HEAD.name(FLEET), release.sealed_head, True)
 
     async def announce(
-        self, *, online: bool = True, epoch: int = 1, shards: int = 1, key: SigningKey = COORDINATOR_KEY
+        self,
+        *,
+        online: bool = True,
+        epoch: int = 1,
+        shards: int = 1,
+        spread_s: float = 0.0,
+        key: SigningKey = COORDINATOR_KEY,
     ) -> None:
         state = CoordinatorState(
-            fleet=FLEET, epoch=Epoch(epoch), online=online, protocol_min=1, protocol_max=1, shards=shards
+            fleet=FLEET,
+            epoch=Epoch(epoch),
+            online=online,
+            protocol_min=1,
+            protocol_max=1,
+            shards=shards,
+            spread_s=spread_s,
         )
         await self._publish(topics.COORDINATOR.name(FLEET), seal(state, key, COORDINATOR_DOMAIN), True)
 
@@ -449,7 +462,7 @@ def workbench(dial: Dial, trainer: object | None = None) -> Workbench:
         trainer=lambda _: chosen,
         compute=at_once,
         rng=np.random.default_rng(3),
-        sync=False,
+        disk=UNSYNCED_DISK,
     )
 
 

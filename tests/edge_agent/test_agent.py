@@ -330,6 +330,33 @@ def test_an_older_model_is_never_run_not_even_after_a_restart(world: World, olde
     run(main)
 
 
+def test_a_device_whose_newest_model_was_damaged_on_disk_runs_no_older_one(world: World) -> None:
+    async def main() -> None:
+        for version in (2, 3):
+            await world.coordinator.publish(Release(version))
+            world.start(world.agent())
+            await world.coordinator.answer(await world.coordinator.updates.get())
+            await until(lambda: not world.outbox_files())
+            await world.stop()
+        (newest,) = (
+            slot
+            for slot in (world.state / "models").glob("?.model")
+            if Release(3).sealed_head in slot.read_bytes()
+        )
+        newest.write_bytes(newest.read_bytes().replace(Release(3).content, bytes(len(Release(3).content))))
+        await world.coordinator.publish(Release(2))
+        agent = world.agent()
+        world.start(agent)
+        await until(lambda: len(world.broker.connections) == 3 and agent._mailbox.connection is not None)
+        await world.broker.newest.drained()
+        await world.coordinator.publish(Release(4))
+        assert (await world.coordinator.updates.get()).envelope.header.base_version == 4
+        assert agent.tally.trained == 1
+        await world.stop()
+
+    run(main)
+
+
 def events(caplog: pytest.LogCaptureFixture) -> list[str]:
     """The stable names of what was logged."""
     return [getattr(record, "event", "") for record in caplog.records]

@@ -38,6 +38,7 @@ from edge_agent.plan_runtime import Evaluation, LocalResult
 from edge_agent.plan_session import StepFailed
 from edge_agent.settings import KEPT_FILE, Inference, LocalTraining
 from fedtide.wire import frame, topics
+from fedtide.wire.disk import UNSYNCED_DISK
 from fedtide.wire.frame import Message
 from fedtide.wire.messages import DeviceEvent, EvaluationEvent, TrainingEvent, Trouble
 from fedtide.wire.parameters import Schema, TensorSpec, Vector
@@ -266,7 +267,7 @@ def test_a_damaged_released_model_is_had_again(world: World, damage: Callable[[b
 
 
 def test_the_plan_of_the_release_stays_while_others_come(tmp_path: Path) -> None:
-    slots = ModelSlots(tmp_path, COORDINATOR_KEY.public, sync=False)
+    slots = ModelSlots(tmp_path, COORDINATOR_KEY.public, UNSYNCED_DISK)
     first = Release(1, plan=tiny_plan("line")).itself()
     slots.install_release(first.sealed_head, first.head, first.plan_blob, first.content)
     for version, name in enumerate(("curve", "wave", "step"), start=2):
@@ -295,7 +296,7 @@ def test_without_a_model_one_is_told_what_to_do(world: World) -> None:
 def test_an_installed_version_that_is_not_released_is_not_used_unasked(
     tmp_path: Path, release: Release, said: str
 ) -> None:
-    slots = ModelSlots(tmp_path / "models", COORDINATOR_KEY.public, sync=False)
+    slots = ModelSlots(tmp_path / "models", COORDINATOR_KEY.public, UNSYNCED_DISK)
     slots.install(release.sealed_head, release.head, release.plan_blob, release.content)
     with pytest.raises(NoModel, match=said):
         LocalModel.open(tmp_path, str(COORDINATOR_KEY.public))

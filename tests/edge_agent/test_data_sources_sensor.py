@@ -11,6 +11,7 @@ from agent_world import tiny_plan
 from edge_agent.data_sources import DataError, DataSource, Sensor
 from edge_agent.readings import Channel
 from edge_agent.window_ring import WindowRing
+from fedtide.wire.disk import UNSYNCED_DISK
 from fedtide.wire.link import Broker
 from fedtide.wire.parameters import TensorSpec
 from fedtide.wire.plan import PlanManifest
@@ -28,7 +29,7 @@ def taking(*shape: int) -> PlanManifest:
 
 
 def filled(source: Sensor, *windows: Any) -> Sensor:
-    ring = WindowRing(source.path, source.layout, source.max_bytes, sync=False)
+    ring = WindowRing(source.path, source.layout, source.max_bytes, UNSYNCED_DISK)
     ring.append(np.array(windows, np.float32).reshape(len(windows), -1))
     return source
 
@@ -60,7 +61,7 @@ def test_before_the_first_window_there_are_no_examples_yet(tmp_path: Path) -> No
 
 def test_new_windows_are_counted_over_those_that_are_gone(tmp_path: Path) -> None:
     source = Sensor(path=tmp_path, channels=CHANNELS, window=2, max_bytes=1024)
-    ring = WindowRing(tmp_path, source.layout, source.max_bytes, sync=False)
+    ring = WindowRing(tmp_path, source.layout, source.max_bytes, UNSYNCED_DISK)
     ring.append(np.ones((100, 4), np.float32))
     first = source.load(taking(4))
     assert len(first) < 100

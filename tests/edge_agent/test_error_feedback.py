@@ -1,3 +1,4 @@
+import errno
 import logging
 import math
 import os
@@ -13,12 +14,14 @@ from agent_world import tiny_plan
 from coarse_codec import TABLE
 from hypothesis import given
 from hypothesis import strategies as st
+from simulated_disk import Operation, PowerCut, SimulatedDisk
 
 from edge_agent.error_feedback import MOST_CARRIED, Feedback, corrected, residual_of, settled
 from edge_agent.feedback_file import FeedbackFile
 from fedtide.wire import codecs
 from fedtide.wire.codecs import WrongLength
 from fedtide.wire.codecs.rate import Rate, Request
+from fedtide.wire.disk import UNSYNCED_DISK
 from fedtide.wire.errors import UnknownCodec
 from fedtide.wire.ids import Counter
 from fedtide.wire.parameters import Schema, TensorSpec, Vector
@@ -151,7 +154,7 @@ def test_a_payload_that_the_codec_did_not_make_is_an_error() -> None:
 
 
 def kept(path: Path, *, counter: int = 7, codec: str = "coarse") -> FeedbackFile:
-    file = FeedbackFile(path, sync=False)
+    file = FeedbackFile(path, UNSYNCED_DISK)
     file.keep(feedback(counter, codec=codec))
     return file
 
@@ -242,7 +245,7 @@ def test_every_flipped_byte_and_every_truncation_is_found(path: Path) -> None:
     ]
     for content in damaged:
         path.write_bytes(content)
-        assert FeedbackFile(path, sync=False).counter is None
+        assert FeedbackFile(path, UNSYNCED_DISK).counter is None
         assert not path.exists()
 
 
@@ -254,7 +257,7 @@ def test_without_knowing_what_was_applied_nothing_is_carried(
     small = path.with_name("error-feedback.applied")
     small.write_bytes(damage(small.read_bytes()))
     with caplog.at_level(logging.WARNING):
-        file = FeedbackFile(path, sync=False)
+        file = FeedbackFile(path, UNSYNCED_DISK)
     assert "error-feedback.applied is not usable" in caplog.text
     assert file.counter is None
     file.keep(feedback(8))
@@ -283,11 +286,11 @@ def test_a_codec_that_an_earlier_build_had_is_no_reason_to_stop(
 
 def test_a_header_that_promises_more_parameters_than_the_file_has_allocates_nothing(path: Path) -> None:
     big = Feedback(plan().id, Counter(7), np.zeros(1 << 20, np.float32), "coarse", b"")
-    FeedbackFile(path, sync=False).keep(big)
+    FeedbackFile(path, UNSYNCED_DISK).keep(big)
     path.write_bytes(path.read_bytes()[:500])
     tracemalloc.start()
     try:
-        assert FeedbackFile(path, sync=False).counter is None
+        assert FeedbackFile(path, UNSYNCED_DISK).counter is None
         assert tracemalloc.get_traced_memory()[1] < 1 << 19
     finally:
         tracemalloc.stop()
@@ -303,17 +306,60 @@ def test_both_files_are_synced_and_those_of_simulated_devices_are_not(
     file.settle(Counter(7))
     file.residual(plan("other"))
     folder = path.parent.name
+    assert synced.pop(0) == folder  # at the start, for what a killed process has left
     assert synced == ["error-feedback.new", folder, "error-feedback.applied.new", folder, folder]
     synced.clear()
     kept(path).settle(Counter(7))
     assert synced == []
 
 
+def test_what_a_killed_process_has_settled_is_durable_before_the_update_leaves_the_outbox() -> None:
+    disk, path = SimulatedDisk(), Path("/state/error-feedback")
+    disk.make_directory(path.parent)
+    file = FeedbackFile(path, disk)
+    file.keep(feedback())
+
+    def kill(operation: Operation) -> None:
+        if operation.kind == "replace":
+            raise PowerCut
+
+    disk.watch(kill)
+    with pytest.raises(PowerCut):
+        file.settle(Counter(7))
+    started = disk.killed()
+    assert carried(FeedbackFile(path, started)) == list(LEFT_OUT)
+    for state in started.crash_states(np.random.default_rng(1)):
+        assert carried(FeedbackFile(path, state)) == list(LEFT_OUT)
+
+
+@pytest.mark.parametrize("name", ["error-feedback", "error-feedback.applied"])
+def test_a_file_that_cannot_be_read_at_the_start_is_a_damaged_one(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk, path = SimulatedDisk(), Path("/state/error-feedback")
+    disk.make_directory(path.parent)
+    file = FeedbackFile(path, disk)
+    file.keep(feedback())
+    file.settle(Counter(7))
+    disk.fail(
+        lambda operation: errno.EIO if operation.kind == "read" and operation.path.name == name else None
+    )
+    with pytest.raises(OSError, match="Input/output error"):  # now nothing is given up: it may pass
+        file.residual(plan())
+    with caplog.at_level(logging.WARNING):
+        again = FeedbackFile(path, disk)
+    assert [getattr(record, "event", "") for record in caplog.records] == ["feedback.damaged"]
+    assert (again.counter, carried(again)) == (None, None)
+    disk.fail(None)
+    again.keep(feedback(8))
+    assert carried(FeedbackFile(path, disk)) == list(WHOLE)
+
+
 def test_it_takes_the_memory_of_two_vectors_at_most(path: Path) -> None:
     size = 1 << 18
     schema = Schema(tensors=(TensorSpec(name="p.w", dtype="float32", shape=(size,)),))
     wide = plan("wide", schema)
-    file = FeedbackFile(path, sync=False)
+    file = FeedbackFile(path, UNSYNCED_DISK)
     values = np.arange(size, dtype=np.float32)
     made = Feedback(wide.id, Counter(7), values, "coarse", TABLE["coarse"].encode(values, schema))
 

@@ -226,6 +226,27 @@ def test_a_fetch_whose_chunks_stop_is_soon_given_up_when_a_newer_head_has_come(
     run(main)
 
 
+def test_heads_that_follow_each_other_quickly_do_not_keep_a_fetch_alive(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fetch, "_SILENCE_AFTER_A_HEAD_S", 0.1)
+
+    async def main() -> None:
+        fetcher = new_fetcher()
+        source = ChunkSource(fetcher)
+        source.held.clear()  # a broker that came back empty
+        fetching = asyncio.create_task(fetched(fetcher, source))
+        for _ in range(100):
+            await asyncio.sleep(0.02)
+            fetcher.note_head()
+            if fetching.done():
+                break
+        with pytest.raises(Superseded):
+            fetching.result()
+
+    run(main)
+
+
 def test_a_newer_head_does_not_end_a_fetch_whose_chunks_come() -> None:
     async def main() -> None:
         fetcher = new_fetcher()
@@ -268,6 +289,31 @@ def test_a_blob_that_was_published_anew_in_other_chunks_is_fetched_anew() -> Non
         }
         assert await fetched(fetcher, source, smaller) == CONTENT
 
+    run(main)
+
+
+def test_a_fetch_that_is_cancelled_on_a_dead_link_ends_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dead(ChunkSource):
+        async def subscribe(self, names: Sequence[str], *, qos: int = 1) -> None:
+            await super().subscribe(names, qos=qos)
+            subscribed.set()
+
+        async def unsubscribe(self, names: Sequence[str]) -> None:
+            await asyncio.Event().wait()
+
+    async def main() -> None:
+        fetcher = new_fetcher()
+        source = Dead(fetcher)
+        source.held.clear()
+        fetching = asyncio.create_task(fetched(fetcher, source))
+        await subscribed.wait()
+        fetching.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            async with asyncio.timeout(5):
+                await fetching
+
+    subscribed = asyncio.Event()
+    monkeypatch.setattr(fetch, "_UNSUBSCRIBING_S", 0.01)
     run(main)
 
 

@@ -14,6 +14,7 @@ from edge_agent.dataset import Dataset
 from edge_agent.hold_out import HoldOut, split
 from edge_agent.readings import Channel
 from edge_agent.window_ring import WindowRing
+from fedtide.wire.disk import UNSYNCED_DISK
 from fedtide.wire.parameters import TensorSpec
 
 
@@ -118,7 +119,7 @@ def a_table(path, length, stride):
 
 def a_sensor(path, length, stride):
     source = Sensor(path=path / "ring", channels=(Channel(topic="a"),), window=length, stride=stride)
-    ring = WindowRing(source.path, source.layout, source.max_bytes, sync=False)
+    ring = WindowRing(source.path, source.layout, source.max_bytes, UNSYNCED_DISK)
     rows = np.arange(0, 3000 - length, stride)[:, None] + np.arange(length)
     ring.append(rows.astype(np.float32))
     return source

@@ -5,6 +5,7 @@ import msgspec
 import numpy as np
 import pytest
 from agent_world import tiny_plan
+from simulated_disk import SimulatedDisk, full
 
 from edge_agent.kept_state import NOTHING_KEPT, Kept, KeptFile, own_tensors, with_own_statistics
 from fedtide.wire.parameters import Schema, TensorSpec
@@ -95,6 +96,17 @@ def test_a_damaged_file_is_left_out_with_a_log_line(
     with caplog.at_level(logging.WARNING):
         assert not KeptFile(path).of(plan())
     assert "not usable" in caplog.text
+
+
+def test_what_a_full_disk_did_not_take_is_not_kept_in_memory_either() -> None:
+    disk, path = SimulatedDisk(), Path("/kept")
+    file = KeptFile(path, disk)
+    file.keep(plan(), Kept(statistics=example().statistics))
+    disk.fail(full)
+    with pytest.raises(OSError, match="No space left"):
+        file.keep(plan(), example())
+    for each in (file, KeptFile(path, disk)):
+        assert same(each.of(plan()), Kept(statistics=example().statistics))
 
 
 def test_what_is_not_finite_is_not_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,4 +1,4 @@
-import shutil
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -7,10 +7,10 @@ import msgspec
 import numpy as np
 import pytest
 from agent_world import COORDINATOR_KEY, STRANGERS_KEY, Release, tiny_plan
+from simulated_disk import Operation, PowerCut, SimulatedDisk
 
-from edge_agent import model_slots
 from edge_agent.model_slots import InstalledModel, ModelSlots, WrongModel
-from fedtide.wire.durable import write_durably
+from fedtide.wire.disk import UNSYNCED_DISK
 from fedtide.wire.errors import WireError
 from fedtide.wire.ids import PlanId
 from fedtide.wire.plan import seal_plan
@@ -19,7 +19,7 @@ KEY: Final = COORDINATOR_KEY.public
 
 
 def open_slots(directory: Path) -> ModelSlots:
-    return ModelSlots(directory, KEY, sync=False)
+    return ModelSlots(directory, KEY, UNSYNCED_DISK)
 
 
 def install(slots: ModelSlots, release: Release) -> InstalledModel:
@@ -76,45 +76,80 @@ def test_a_higher_epoch_is_newer_than_a_higher_version(tmp_path: Path) -> None:
     assert version_on_disk(tmp_path) == 3
 
 
-def test_whenever_the_power_is_cut_a_whole_model_is_left_and_it_never_gets_older(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cuts: list[Path] = []
-    models = tmp_path / "models"
-
-    def power_cut_here(half_written: Path | None = None, content: bytes = b"") -> None:
-        cut = tmp_path / f"cut {len(cuts)}"
-        shutil.copytree(models, cut)
-        if half_written is not None:
-            torn = cut / half_written.relative_to(models)
-            torn.with_name(torn.name + ".new").write_bytes(content[: len(content) // 2])
-        cuts.append(cut)
-
-    def write(path: Path, content: bytes, *, sync: bool) -> None:
-        power_cut_here()
-        power_cut_here(path, content)
-        write_durably(path, content, sync=sync)
-        power_cut_here()
-
-    monkeypatch.setattr(model_slots, "write_durably", write)
+def test_whenever_the_power_is_cut_a_whole_model_is_left_and_it_never_gets_older() -> None:
+    rng, disk, models = np.random.default_rng(1), SimulatedDisk(page_bytes=256), Path("/state/models")
+    disk.make_directory(models)
     releases = {
         version: Release(version, plan=tiny_plan("line" if version < 4 else "curve"))
         for version in range(1, 6)
     }
-    slots, found = open_slots(models), []
-    for version, release in releases.items():
-        cuts.clear()
+    slots, installed, found, states = ModelSlots(models, KEY, disk), 0, set(), 0
+
+    def look(_: Operation) -> None:
+        nonlocal states
+        for state in disk.crash_states(rng, 25):
+            model = ModelSlots(models, KEY, state).newest()
+            version = 0 if model is None else model.head.version
+            assert version in {installed, installed + 1}
+            assert model is None or is_release(model, releases[version])
+            found.add((installed, version))
+            states += 1
+
+    for release in releases.values():
+        disk.watch(look)
         install(slots, release)
-        for cut in cuts:
-            model = open_slots(cut).newest()
-            assert model is not None or version == 1
-            if model is not None:
-                assert model.head.version in {version - 1, version}
-                assert is_release(model, releases[model.head.version])
-                found.append(model.head.version)
-            shutil.rmtree(cut)
-    assert found == sorted(found)
-    assert set(found) == set(releases)
+        disk.watch(None)
+        installed += 1
+        look(Operation(0, "syncdir", models))
+        assert len(disk.files()) <= 2 + 2  # slots and plans
+    assert {(version, version + 1) for version in range(5)} < found
+    assert states > 200
+
+
+def test_what_a_killed_process_installed_is_durable_before_it_is_run() -> None:
+    disk, models = SimulatedDisk(), Path("/state/models")
+    disk.make_directory(models)
+    slots = ModelSlots(models, KEY, disk)
+    install(slots, Release(1))
+
+    def kill(operation: Operation) -> None:
+        if operation.kind == "replace":
+            raise PowerCut
+
+    disk.watch(kill)
+    with pytest.raises(PowerCut):
+        install(slots, Release(2))
+    started = disk.killed()
+    again = ModelSlots(models, KEY, started)
+    again.take_over()
+    model = again.newest()
+    assert model is not None
+    assert model.head.version == 2
+    for state in started.crash_states(np.random.default_rng(1)):
+        left = ModelSlots(models, KEY, state).newest()
+        assert left is not None
+        assert left.head.version == 2
+
+
+def test_a_slot_that_cannot_be_read_is_not_used_and_the_other_one_is(tmp_path: Path) -> None:
+    disk, models = SimulatedDisk(), Path("/state/models")
+    disk.make_directory(models)
+    slots = ModelSlots(models, KEY, disk)
+    install(slots, Release(1))
+    install(slots, Release(2))
+    disk.fail(lambda operation: errno.EIO if operation.path.name == "b.model" else None)
+    model = ModelSlots(models, KEY, disk).newest()
+    assert model is not None
+    assert model.head.version == 1
+
+
+def test_plans_that_a_power_cut_left_unfinished_do_not_stay(tmp_path: Path) -> None:
+    slots = open_slots(tmp_path)
+    install(slots, Release(1))
+    (tmp_path / "plans" / f"{tiny_plan('wave').id}.plan.new").write_bytes(b"half of a pl")
+    install(slots, Release(2, plan=tiny_plan("curve")))
+    plans = {tiny_plan(name).id for name in ("line", "curve")}
+    assert {file.name for file in (tmp_path / "plans").iterdir()} == {f"{plan}.plan" for plan in plans}
 
 
 def test_parameters_that_are_not_the_heads_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
@@ -181,6 +216,30 @@ def test_a_damaged_slot_is_not_used_and_the_other_one_is(
     assert version_on_disk(tmp_path) == 3
 
 
+def test_whichever_bit_of_the_newest_slot_flips_it_still_says_which_version_was_run(tmp_path: Path) -> None:
+    slots = open_slots(tmp_path)
+    assert slots.last_head() is None
+    install(slots, Release(1))
+    install(slots, Release(2))
+    slot = tmp_path / "b.model"
+    whole = slot.read_bytes()
+    for place in range(len(whole)):
+        slot.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        again = open_slots(tmp_path)
+        assert version_on_disk(tmp_path) == 1
+        assert again.last_head() == Release(2).head
+
+
+def test_without_a_plan_the_slots_still_say_which_version_was_run(tmp_path: Path) -> None:
+    install(open_slots(tmp_path), Release(3))
+    (plan,) = (tmp_path / "plans").iterdir()
+    plan.unlink()
+    again = open_slots(tmp_path)
+    assert again.newest() is None
+    assert again.last_head() == Release(3).head
+    assert ModelSlots(tmp_path, STRANGERS_KEY.public, UNSYNCED_DISK).last_head() is None
+
+
 def test_a_slot_whose_plan_is_missing_or_damaged_is_not_used(tmp_path: Path) -> None:
     slots = open_slots(tmp_path)
     install(slots, Release(1))
@@ -197,7 +256,7 @@ def test_a_slot_whose_plan_is_missing_or_damaged_is_not_used(tmp_path: Path) -> 
 def test_a_model_that_another_coordinator_signed_is_not_loaded(tmp_path: Path) -> None:
     slots = open_slots(tmp_path)
     install(slots, Release(1))
-    assert ModelSlots(tmp_path, STRANGERS_KEY.public, sync=False).newest() is None
+    assert ModelSlots(tmp_path, STRANGERS_KEY.public, UNSYNCED_DISK).newest() is None
 
 
 def test_a_plan_is_kept_under_its_id_and_written_again_when_it_is_damaged(tmp_path: Path) -> None:

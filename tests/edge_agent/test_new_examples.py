@@ -17,6 +17,7 @@ from edge_agent.agent import Agent
 from edge_agent.dataset import Dataset
 from edge_agent.new_examples import Shortage, TrainedTo, shortage
 from edge_agent.settings import LocalTraining
+from fedtide.wire.disk import UNSYNCED_DISK
 from fedtide.wire.plan import PlanManifest
 
 
@@ -86,7 +87,7 @@ def test_what_was_trained_on_is_remembered_over_restarts(tmp_path: Path) -> None
 
 
 def test_the_same_again_is_not_written_again(tmp_path: Path) -> None:
-    trained = TrainedTo(tmp_path / "trained-to", sync=False)
+    trained = TrainedTo(tmp_path / "trained-to", UNSYNCED_DISK)
     trained.note(7)
     (tmp_path / "trained-to").unlink()
     trained.note(7)
@@ -246,18 +247,16 @@ class Clock:
     """A clock that a test moves."""
 
     def __init__(self) -> None:
-        self.now = 1000.0
+        self.seconds = 1000.0
 
-    def monotonic(self) -> float:
-        return self.now
+    def now(self) -> float:
+        return self.seconds
 
-    def time(self) -> float:
-        return self.now
+    def wall(self) -> float:
+        return self.seconds
 
 
-def test_a_look_that_falls_due_while_the_agent_decides_is_not_missed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_look_that_falls_due_while_the_agent_decides_is_not_missed(tmp_path: Path) -> None:
     world, clock = World.new(tmp_path), Clock()
 
     async def main() -> None:
@@ -267,11 +266,11 @@ def test_a_look_that_falls_due_while_the_agent_decides_is_not_missed(
         await world.coordinator.answer(await world.coordinator.updates.get())
         await until(lambda: not world.outbox_files())
         await world.stop()
-        monkeypatch.setattr(agent_module, "time", clock)
+        agent._clock = clock
         agent._look_after = agent._rest_until = 0.0
-        agent._look_after = clock.now + 3.0
+        agent._look_after = clock.now() + 3.0
         assert not agent._is_wanted(Release(2).head)
-        clock.now += 5.0
+        clock.seconds += 5.0
         assert agent._look_again_in_s() == 0.0
 
     run(main)

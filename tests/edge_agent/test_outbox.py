@@ -1,17 +1,18 @@
+import errno
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from simulated_disk import Operation, PowerCut, SimulatedDisk, full
 
-from edge_agent import outbox as outbox_module
 from edge_agent.outbox import Outbox
-from fedtide.wire.durable import write_durably
+from fedtide.wire.disk import UNSYNCED_DISK
 from fedtide.wire.envelope import update_digest
 from fedtide.wire.ids import Counter
 
@@ -19,7 +20,7 @@ FIRST: Final = 1000 << 20  # a new outbox at second 1000 since 1970: 2^20 counte
 
 
 def new_outbox(directory: Path, now: float = 1000.0) -> Outbox:
-    return Outbox(directory, lambda: now, sync=False)
+    return Outbox(directory, lambda: now, UNSYNCED_DISK)
 
 
 def test_a_new_outbox_is_empty_and_begins_counting_at_the_clock(tmp_path: Path) -> None:
@@ -45,7 +46,7 @@ def test_counters_go_on_after_a_restart_and_the_clock_is_not_asked_again(tmp_pat
     def broken_clock() -> float:
         raise AssertionError("only a new outbox asks the clock")
 
-    used.append(Outbox(tmp_path, broken_clock, sync=False).reserve())
+    used.append(Outbox(tmp_path, broken_clock, UNSYNCED_DISK).reserve())
     assert used == sorted(set(used))
 
 
@@ -53,15 +54,33 @@ def test_a_counter_is_reserved_on_disk_before_it_is_given_out(tmp_path: Path) ->
     outbox = new_outbox(tmp_path)
     for _ in range(200):
         counter = outbox.reserve()
-        assert int((tmp_path / "counter").read_text()) > counter
+        for copy in ("counter", "counter.copy"):
+            assert int.from_bytes((tmp_path / copy).read_bytes()[8:], "little") > counter
 
 
 def test_a_lost_counter_file_does_not_bring_back_counters_that_still_wait(tmp_path: Path) -> None:
     outbox = new_outbox(tmp_path)
     counter = outbox.reserve()
     outbox.put(counter, b"update")
-    (tmp_path / "counter").write_bytes(b"\0\0\0")
+    for copy in ("counter", "counter.copy"):
+        (tmp_path / copy).write_bytes(b"\0\0\0")
     assert new_outbox(tmp_path, now=0.0).reserve() > counter
+
+
+def test_counters_go_on_above_the_highest_that_the_coordinator_knows(tmp_path: Path) -> None:
+    outbox = new_outbox(tmp_path, now=-1.0)
+    assert outbox.reserve() == 0  # a clock before 1970 is taken as 1970
+    outbox.go_above(Counter(FIRST))
+    assert outbox.reserve() == FIRST + 1
+    assert new_outbox(tmp_path, now=0.0).reserve() > FIRST + 1
+
+
+def test_counters_never_go_back_whatever_the_coordinator_says(tmp_path: Path) -> None:
+    outbox = new_outbox(tmp_path)
+    used = outbox.reserve()
+    for judged in (0, used - 1, used):
+        outbox.go_above(Counter(judged))
+    assert outbox.reserve() == used + 1
 
 
 def test_an_update_is_on_disk_when_put_returns(tmp_path: Path) -> None:
@@ -90,14 +109,105 @@ def test_an_update_is_synced_when_put_returns_and_a_counter_when_it_is_given_out
 
     monkeypatch.setattr(os, "fsync", watched)
     outbox = Outbox(tmp_path, lambda: 1000.0)
+    synced.clear()
     counter = outbox.reserve()
-    assert synced == ["counter.new", tmp_path.name]
+    assert synced == ["counter.new", tmp_path.name, "counter.copy.new", tmp_path.name]
     synced.clear()
     outbox.put(counter, b"update")
     assert synced == [f"{counter}.update.new", tmp_path.name]
     synced.clear()
     outbox.remove(counter)
     assert synced == []  # a power cut may bring it back: the coordinator then answers "duplicate"
+
+
+def test_no_counter_is_given_out_that_a_power_cut_could_give_out_again() -> None:
+    rng, disk, directory = np.random.default_rng(1), SimulatedDisk(), Path("/state/outbox")
+    outbox, given, states = Outbox(directory, lambda: 1000.0, disk), -1, 0
+
+    def look(_: Operation) -> None:
+        nonlocal states
+        for state in disk.crash_states(rng, 40):
+            assert Outbox(directory, lambda: 1000.0, state).reserve() > given
+            states += 1
+
+    disk.watch(look)
+    for _ in range(200):
+        given = outbox.reserve()
+        assert Outbox(directory, lambda: 1000.0, next(iter(disk.crash_states(rng)))).reserve() > given
+    assert states > 150
+
+
+def test_what_a_killed_process_put_is_durable_before_it_is_sent() -> None:
+    disk, directory = SimulatedDisk(), Path("/state/outbox")
+    outbox = Outbox(directory, lambda: 1000.0, disk)
+    counter = outbox.reserve()
+
+    def kill(operation: Operation) -> None:
+        if operation.kind == "replace":
+            raise PowerCut
+
+    disk.watch(kill)
+    with pytest.raises(PowerCut):
+        outbox.put(counter, b"update")
+    started = disk.killed()
+    assert len(Outbox(directory, lambda: 1000.0, started)) == 1
+    for state in started.crash_states(np.random.default_rng(1)):
+        assert len(Outbox(directory, lambda: 1000.0, state)) == 1
+
+
+def test_a_superseded_update_does_not_come_back_beside_the_newer_one() -> None:
+    rng, disk, directory = np.random.default_rng(1), SimulatedDisk(), Path("/state/outbox")
+    outbox = Outbox(directory, lambda: 1000.0, disk)
+    old, new = outbox.reserve(), outbox.reserve()
+    outbox.put(old, b"old")
+    found: set[tuple[bytes, ...]] = set()
+
+    def look(_: Operation) -> None:
+        for state in disk.crash_states(rng):
+            left = Outbox(directory, lambda: 1000.0, state)
+            found.add(tuple(pending.envelope for pending in left._pending.values()))
+
+    disk.watch(look)
+    outbox.put(new, b"new")
+    assert found == {(b"old",), (b"new",)}
+    found.clear()
+    outbox.remove(new)
+    assert found == {(b"new",), ()}
+
+
+@pytest.mark.parametrize("copy", ["counter", "counter.copy"])
+@pytest.mark.parametrize("kind", ["damaged", "gone", "unreadable"])
+def test_one_of_two_counters_that_is_damaged_brings_no_used_counter_back(copy: str, kind: str) -> None:
+    disk, directory = SimulatedDisk(), Path("/state/outbox")
+    outbox = Outbox(directory, lambda: 1000.0, disk)
+    used = [outbox.reserve() for _ in range(100)]
+    file = directory / copy
+    match kind:
+        case "damaged":
+            content = bytearray(disk.read(file))
+            content[-3] ^= 1
+            disk.damage(file, bytes(content))
+        case "gone":
+            disk.remove(file)
+        case _:
+            disk.fail(
+                lambda operation: errno.EIO if (operation.kind, operation.path) == ("read", file) else None
+            )
+    again = Outbox(directory, lambda: 0.0, disk)
+    assert again.damaged == (() if kind == "gone" else (file,))
+    assert again.reserve() > used[-1]
+    assert Outbox(directory, lambda: 0.0, disk).reserve() > used[-1]
+
+
+def test_a_counter_that_could_not_be_reserved_is_not_given_out() -> None:
+    disk = SimulatedDisk()
+    outbox = Outbox(Path("/state/outbox"), lambda: 1000.0, disk)
+    disk.fail(full)
+    for _ in range(3):
+        with pytest.raises(OSError, match="No space left"):
+            outbox.reserve()
+    disk.fail(None)
+    assert outbox.reserve() == FIRST
 
 
 def test_a_newer_update_takes_the_place_of_one_that_was_never_sent(tmp_path: Path) -> None:
@@ -140,26 +250,6 @@ def test_after_a_restart_every_update_counts_as_sent(tmp_path: Path) -> None:
     assert oldest.envelope == b"perhaps sent"
 
 
-def test_the_old_update_is_removed_only_when_the_new_one_is_on_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    outbox = new_outbox(tmp_path)
-    outbox.put(outbox.reserve(), b"old")
-
-    def full_disk(path: Path, content: bytes, *, sync: bool = True) -> None:
-        if path.suffix == ".update":
-            raise OSError("no space left on device")
-        write_durably(path, content, sync=sync)
-
-    monkeypatch.setattr(outbox_module, "write_durably", full_disk)
-    with pytest.raises(OSError, match="no space"):
-        outbox.put(outbox.reserve(), b"new")
-    monkeypatch.undo()
-    oldest = new_outbox(tmp_path).oldest()
-    assert oldest is not None
-    assert oldest.envelope == b"old"
-
-
 @pytest.mark.parametrize(
     "damage",
     [
@@ -167,7 +257,7 @@ def test_the_old_update_is_removed_only_when_the_new_one_is_on_disk(
         lambda content: content[:7],
         lambda content: content[:-1],
         lambda content: content + b"\0",
-        lambda content: b"ftu2" + content[4:],
+        lambda content: b"ftu3" + content[4:],
         lambda content: content[:-1] + bytes((content[-1] ^ 1,)),
         lambda content: bytes(len(content)),  # what some file systems leave after a power cut
     ],
@@ -188,14 +278,61 @@ def test_a_damaged_file_is_set_aside_and_the_others_are_sent(tmp_path: Path, dam
     assert (oldest.counter, len(again)) == (second, 1)
     assert [each.name for each in tmp_path.glob("*.damaged")] == [f"{first}.damaged"]
     assert again.reserve() > second
+    assert again.damaged == (file,)
+    assert again.was_damaged(first)
+    once_more = new_outbox(tmp_path)
+    assert once_more.damaged == ()  # told once
+    assert once_more.was_damaged(first)
 
 
 def test_files_that_are_not_ours_do_no_harm(tmp_path: Path) -> None:
-    for name in ("notes.update", "7.update.new", "².update", "README"):
-        (tmp_path / name).write_bytes(b"ftu1 something that a person left here")
+    names = {"notes.update", "²².update", "-7.update", "README", "0x7.update", f"{'9' * 21}.update"}
+    for name in names:
+        (tmp_path / name).write_bytes(b"ftu2 something that a person left here")
     outbox = new_outbox(tmp_path)
     assert outbox.oldest() is None
-    assert len(list(tmp_path.glob("*.damaged"))) == 2
+    assert outbox.damaged == ()
+    assert {file.name for file in tmp_path.iterdir()} == names
+
+
+def test_what_a_power_cut_left_unfinished_is_removed(tmp_path: Path) -> None:
+    for name in ("7.update.new", "counter.new", "counter.copy.new"):
+        (tmp_path / name).write_bytes(b"half of someth")
+    assert new_outbox(tmp_path).oldest() is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_update_under_another_ones_name_is_a_damaged_one(tmp_path: Path) -> None:
+    """As where a block of the disk is written to the wrong place, or an old one is read."""
+    outbox = new_outbox(tmp_path)
+    first, second = outbox.reserve(), outbox.reserve()
+    for counter in (first, second):
+        outbox.put(counter, b"update")
+        outbox.note_sent(counter)
+    (tmp_path / f"{second}.update").write_bytes((tmp_path / f"{first}.update").read_bytes())
+    again = new_outbox(tmp_path)
+    assert (len(again), again.was_damaged(second)) == (1, True)
+
+
+def test_of_what_was_set_aside_the_newest_eight_are_kept(tmp_path: Path) -> None:
+    for number in range(20):
+        outbox = new_outbox(tmp_path)
+        counter = outbox.reserve()
+        outbox.put(counter, b"update %d" % number)
+        (tmp_path / f"{counter}.update").write_bytes(b"damaged")
+    outbox = new_outbox(tmp_path)
+    assert len(outbox) == 0
+    assert outbox.was_damaged(counter)
+    assert len(list(new_outbox(tmp_path)._directory.glob("*.damaged"))) == 8
+
+
+def test_an_outbox_goes_on_above_what_the_coordinator_has_judged(tmp_path: Path) -> None:
+    outbox = new_outbox(tmp_path)
+    outbox.go_above(Counter(FIRST + 5000))
+    assert outbox.reserve() == FIRST + 5001
+    outbox.go_above(Counter(7))
+    assert outbox.reserve() == FIRST + 5002
+    assert new_outbox(tmp_path).reserve() > FIRST + 5002
 
 
 class DeviceThatLosesPower(RuleBasedStateMachine):
@@ -203,16 +340,13 @@ class DeviceThatLosesPower(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self._temporary = tempfile.TemporaryDirectory()
-        self.directory = Path(self._temporary.name)
-        self.outbox = new_outbox(self.directory)
+        self.directory = Path("/state/outbox")
+        self.disk = SimulatedDisk()
+        self.outbox = Outbox(self.directory, lambda: 1000.0, self.disk)
         self.given: list[Counter] = []
         self.unused: list[Counter] = []
         self.waiting: dict[Counter, bytes] = {}
         self.sent: set[Counter] = set()
-
-    def teardown(self) -> None:
-        self._temporary.cleanup()
 
     @rule(times=st.integers(1, 70))
     def reserve(self, times: int) -> None:
@@ -247,21 +381,22 @@ class DeviceThatLosesPower(RuleBasedStateMachine):
 
     @rule(now=st.floats(0.0, 2000.0))
     def lose_power(self, now: float) -> None:
-        self.outbox = new_outbox(self.directory, now if self.given else 1000.0)
+        self.disk = self.disk.killed()
+        self.outbox = Outbox(self.directory, lambda: now if self.given else 1000.0, self.disk)
         self.unused = []
         self.sent = set(self.waiting)
 
     @precondition(lambda self: self.unused)
     @rule(written=st.binary(max_size=20))
     def lose_power_while_an_update_is_written(self, written: bytes) -> None:
-        (self.directory / f"{self.unused[-1]}.update.new").write_bytes(written)
+        self.disk.damage(self.directory / f"{self.unused[-1]}.update.new", written)
         self.lose_power(0.0)
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
     def lose_power_and_one_file(self, data: st.DataObject) -> None:
         counter = data.draw(st.sampled_from(sorted(self.waiting)))
-        (self.directory / f"{counter}.update").write_bytes(data.draw(st.binary(max_size=20)))
+        self.disk.damage(self.directory / f"{counter}.update", data.draw(st.binary(max_size=20)))
         del self.waiting[counter]
         self.lose_power(0.0)
 

@@ -1,6 +1,8 @@
+import errno
 from pathlib import Path
 
 import pytest
+from simulated_disk import SimulatedDisk, full
 
 from edge_agent.plan_guard import PlanRefused
 from edge_agent.plan_trial import MOST_TRIALS, PlanTrial
@@ -102,3 +104,26 @@ def test_a_damaged_note_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFix
     path.write_bytes(b"\xff nonsense")
     PlanTrial(path).check(PLAN)
     assert "damaged and left out" in caplog.text
+
+
+def test_a_full_disk_is_no_end_of_a_trial() -> None:
+    disk, path = SimulatedDisk(), Path("/trial")
+    trial = PlanTrial(path, disk)
+    for _ in range(MOST_TRIALS + 1):
+        disk.fail(full)
+        with pytest.raises(OSError, match="No space left"), trial.update(PLAN):
+            raise AssertionError("what was not noted must not be begun")
+        disk.fail(None)
+        with pytest.raises(OSError, match="No space left"), trial.update(PLAN):
+            disk.fail(full)
+    disk.fail(None)
+    trial.check(PLAN)
+    PlanTrial(path, disk).check(PLAN)
+
+
+def test_a_note_that_cannot_be_read_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    disk, path = SimulatedDisk(), Path("/trial")
+    PlanTrial(path, disk).refuse(PLAN, "it did not stop")
+    disk.fail(lambda _: errno.EIO)
+    PlanTrial(path, disk).check(PLAN)
+    assert "Input/output error" in caplog.text

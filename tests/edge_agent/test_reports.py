@@ -2,13 +2,15 @@
 
 import asyncio
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import cast
 
 import pytest
 from agent_world import DEVICE, FLEET, run, until
 
 from edge_agent.mailbox import Mailbox
-from edge_agent.reports import Reports, trouble
+from edge_agent.reports import Reports
+from edge_agent.troubles import trouble
 from fedtide.wire import frame
 from fedtide.wire.ids import ModelVersion
 from fedtide.wire.link import Connection, LinkDown
@@ -174,3 +176,42 @@ def test_trouble_that_ended_before_it_was_told_is_not_told_and_comes_again_if_it
 
 def test_the_text_of_trouble_is_cut() -> None:
     assert len(failed("x" * 10_000).detail) == 200
+
+
+def test_damage_is_told_first_and_again_if_the_connection_is_lost_and_training_does_not_end_it(
+    listener: Listener,
+) -> None:
+    async def main() -> None:
+        reports = reports_to(listener)
+        reports.tell_of_damage([Path("/state/outbox/7.update"), Path("/state/outbox/counter")])
+        reports.tell(trained(1))
+        listener.losing = 3
+        running = asyncio.create_task(reports.run())
+        await listener.pass_time(0.0)
+        listener.online.set()
+        await listener.pass_time(10.0)
+        damage, training = (event for _, event in listener.heard)
+        assert isinstance(damage, Trouble)
+        assert damage.event == "outbox.damaged"
+        assert damage.detail == (
+            "damaged on disk: 7.update, counter in /state/outbox; if this comes again, replace the disk"
+        )
+        assert training == trained(1)
+        await listener.pass_time(1000.0)
+        assert len(listener.heard) == 2
+        running.cancel()
+
+    run(main)
+
+
+def test_without_damage_nothing_is_told_of_it(listener: Listener) -> None:
+    async def main() -> None:
+        listener.online.set()
+        reports = reports_to(listener)
+        reports.tell_of_damage([])
+        running = asyncio.create_task(reports.run())
+        await listener.pass_time(1000.0)
+        assert listener.heard == []
+        running.cancel()
+
+    run(main)

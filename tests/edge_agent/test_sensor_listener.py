@@ -21,6 +21,7 @@ from edge_agent.readings import Channel
 from edge_agent.sensor_listener import Listening, SensorListener
 from edge_agent.window_ring import read_ring
 from fedtide.assembly import CachedExamples
+from fedtide.wire.disk import UNSYNCED_DISK
 from fedtide.wire.link import Broker, Connection, Session, Traffic
 from fedtide.wire.mqtt import MqttDialler
 from fedtide.wire.plan import Plan
@@ -69,7 +70,7 @@ def listener_to(source: Sensor, broker: LocalBroker) -> SensorListener:
         flush_s=source.flush_s,
     )
     dial = MqttDialler(settings, Traffic())
-    return SensorListener(listening, dial, np.random.default_rng(1), sync=False)
+    return SensorListener(listening, dial, np.random.default_rng(1), UNSYNCED_DISK)
 
 
 @asynccontextmanager

@@ -2,11 +2,11 @@
 
 import logging
 import math
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Final
 
@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from agent_world import DEVICE_KEY, Release, agent_settings, tiny_plan
 from coarse_codec import TABLE
-from hypothesis import example, given
+from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from simulated_disk import Operation, PowerCut, SimulatedDisk
 
-from edge_agent import error_feedback, feedback_file, outbox
+from edge_agent import error_feedback
 from edge_agent.feedback_file import FeedbackFile
 from edge_agent.local_update import TrainingDiverged
 from edge_agent.model_slots import InstalledModel
@@ -27,11 +28,12 @@ from edge_agent.plan_runtime import LocalResult
 from edge_agent.settings import FEEDBACK_FILE
 from edge_agent.submission import Submission
 from fedtide.wire import codecs
-from fedtide.wire.durable import write_durably
+from fedtide.wire.disk import UNSYNCED_DISK, Disk
 from fedtide.wire.envelope import open_update
 from fedtide.wire.ids import Counter, PlanId
 from fedtide.wire.messages import CodecRequest, Reason, Verdict
 from fedtide.wire.parameters import Vector
+from fedtide.wire.steps import Step, listen
 
 SCHEMA: Final = tiny_plan().manifest.schema
 PLANS: Final = ("one", "two")
@@ -51,8 +53,8 @@ def result_of(*delta: float) -> LocalResult:
     return LocalResult(np.array(delta, np.float32) + np.float32(1), 5, 1, loss=0.5, metric=None)
 
 
-def submission(state: Path, *, sync: bool = False) -> Submission:
-    return Submission(agent_settings(state), DEVICE_KEY, lambda: 1000.0, sync=sync)
+def submission(state: Path, disk: Disk = UNSYNCED_DISK) -> Submission:
+    return Submission(agent_settings(state), DEVICE_KEY, lambda: 1000.0, disk)
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,11 @@ def oldest(made: Submission) -> Sent:
 @pytest.fixture(autouse=True)
 def with_a_coarse_codec(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codecs, "CODECS", TABLE)
+
+
+@pytest.fixture
+def nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(error_feedback, "MOST_CARRIED", math.inf)
 
 
 def test_what_was_left_out_goes_with_the_next_update(tmp_path: Path) -> None:
@@ -105,7 +112,7 @@ def test_a_rejected_update_is_carried_on_whole(tmp_path: Path) -> None:
     assert oldest(made).delta.tolist() == [8, 8, 8]  # of 5 + 5
 
 
-@pytest.mark.parametrize("reason", [Reason.REPLAYED_COUNTER, Reason.TOO_LARGE, Reason.MALFORMED])
+@pytest.mark.parametrize("reason", [Reason.REPLAYED_COUNTER, Reason.TOO_LARGE, Reason.UNREADABLE])
 def test_a_refusal_that_does_not_say_whether_it_was_applied_before_carries_nothing_on(
     tmp_path: Path, reason: Reason
 ) -> None:
@@ -220,70 +227,22 @@ def test_what_is_given_up_is_told_once(tmp_path: Path, caplog: pytest.LogCapture
     assert len(caplog.records) == 1
 
 
-# The power may fail between any two writes.
+# The power may fail at any operation of the disk.
 
-
-class PowerCut(BaseException):
-    """The process ends here."""
-
-
-@dataclass
-class Disk:
-    """Every change of a file, and how many more there will be before the power fails."""
-
-    changes_left: int | None = None
-    unsynced: list[tuple[Path, bytes]] = field(default_factory=list)
-    """Files removed from folders that have not been synced since: a power cut may bring them back."""
-
-    def write_durably(self, path: Path, content: bytes, *, sync: bool = True) -> None:
-        assert sync
-        self._change()
-        write_durably(path, content, sync=False)
-        self.sync_directory(path.parent)
-
-    def unlink(self, path: Path, missing_ok: bool = False) -> None:  # noqa: FBT001, FBT002 - as Path.unlink
-        assert missing_ok
-        self._change()
-        if path.exists():
-            self.unsynced.append((path, path.read_bytes()))
-            path.rename(path.with_suffix(".gone"))
-
-    def sync_directory(self, directory: Path) -> None:
-        self.unsynced = [each for each in self.unsynced if each[0].parent != directory]
-
-    def fail(self, *, brings_back: bool) -> None:
-        if brings_back:
-            for path, content in self.unsynced:
-                path.write_bytes(content)
-        self.unsynced.clear()
-        self.changes_left = None
-
-    def _change(self) -> None:
-        if self.changes_left == 0:
-            raise PowerCut
-        if self.changes_left is not None:
-            self.changes_left -= 1
-
-    @contextmanager
-    def in_use(self) -> Iterator["Disk"]:
-        with pytest.MonkeyPatch.context() as patch:
-            for module in (outbox, feedback_file):
-                patch.setattr(module, "write_durably", self.write_durably)
-            patch.setattr(feedback_file, "sync_directory", self.sync_directory)
-            patch.setattr(Path, "unlink", lambda path, missing_ok=False: self.unlink(path, missing_ok))
-            patch.setattr(error_feedback, "MOST_CARRIED", math.inf)  # nothing is left behind on purpose
-            yield self
+STATE: Final = Path("/state")
+Cut = int | Step | None
+"""At which change of the disk the power fails, from 0, or at which step; or not."""
 
 
 @dataclass(frozen=True)
 class Train:
-    """A local training; the power fails after so many changes of files, or not."""
+    """A local training, and what the power cut leaves if it fails."""
 
     delta: tuple[int, int, int]
     codec: str = "coarse"
     plan: str = "one"
-    cut_after: int | None = None
-    brings_back: bool = False
+    cut: Cut = None
+    leaves: int = 0
 
 
 @dataclass(frozen=True)
@@ -293,24 +252,24 @@ class Deliver:
     verdict: Verdict = Verdict.APPLIED
     arrives: bool = True
     is_answered: bool = True
-    cut_after: int | None = None
-    brings_back: bool = False
+    cut: Cut = None
+    leaves: int = 0
 
 
 @dataclass(frozen=True)
 class Restart:
     """The power fails while nothing is done."""
 
-    brings_back: bool = False
+    leaves: int = 0
 
 
 class Ledger:
     """A device, its coordinator, and a list of what was trained and what was applied."""
 
-    def __init__(self, state: Path, disk: Disk) -> None:
-        self._state = state
-        self._disk = disk
-        self._device = submission(state, sync=True)
+    def __init__(self) -> None:
+        self._disk = SimulatedDisk(page_bytes=128)
+        self._disk.make_directory(STATE)
+        self._device = submission(STATE, self._disk)
         self._verdicts: dict[Counter, Verdict] = {}
         self._carried: set[Counter | None] = set()
         """Updates that took part in error feedback; others count when they are applied, or not at all."""
@@ -326,13 +285,13 @@ class Ledger:
             case Deliver():
                 self._deliver(step)
             case Restart():
-                self._restart(brings_back=step.brings_back)
+                self._restart(step.leaves)
 
     def residual(self) -> Vector:
         """What the device carries, once all its updates are answered."""
         while self._device.outbox.oldest() is not None:
             self._deliver(Deliver())
-        residual = FeedbackFile(self._state / FEEDBACK_FILE).residual(model_of(self._plan).plan)
+        residual = FeedbackFile(STATE / FEEDBACK_FILE, self._disk).residual(model_of(self._plan).plan)
         return np.zeros(3, np.float32) if residual is None else residual
 
     @property
@@ -344,12 +303,8 @@ class Ledger:
         if waiting is not None and self._device.outbox.was_sent(waiting.counter):
             return  # an agent trains when its update is settled, or was never sent
         before = self._on_disk()
-        self._disk.changes_left = step.cut_after
-        try:
+        with self._power_until(step.cut, step.leaves):
             self._device.submit(model_of(step.plan, step.codec), result_of(*step.delta))
-        except PowerCut:
-            self._restart(brings_back=step.brings_back)
-        self._disk.changes_left = None
         now = self._on_disk()
         if step.plan != self._plan and (before is None or now != before):
             self._plan = step.plan  # what the other plan's updates left out is forgotten
@@ -374,12 +329,8 @@ class Ledger:
         verdict, reason = self._judge(update, step.verdict)
         if not step.is_answered:
             return
-        self._disk.changes_left = step.cut_after
-        try:
+        with self._power_until(step.cut, step.leaves):
             self._device.settle(update.counter, verdict, reason)
-        except PowerCut:
-            self._restart(brings_back=step.brings_back)
-        self._disk.changes_left = None
 
     def _judge(self, update: Sent, verdict: Verdict) -> tuple[Verdict, Reason | None]:
         """As the coordinator's writer does: a counter is judged once, and below the highest never."""
@@ -395,62 +346,82 @@ class Ledger:
             self.applied += update.delta
         return verdict, None
 
-    def _restart(self, *, brings_back: bool) -> None:
-        self._disk.fail(brings_back=brings_back)
-        self._device = submission(self._state, sync=True)
+    @contextmanager
+    def _power_until(self, cut: Cut, leaves: int) -> Iterator[None]:
+        changes = count()
+
+        def changed(_: Operation) -> None:
+            if next(changes) == cut:
+                raise PowerCut
+
+        def came_to(step: Step) -> None:
+            if step is cut:
+                raise PowerCut
+
+        self._disk.watch(changed)
+        listen(came_to)
+        try:
+            yield
+        except PowerCut:
+            self._restart(leaves)
+        finally:
+            self._disk.watch(None)
+            listen(None)
+
+    def _restart(self, leaves: int) -> None:
+        """Only what was synced is left, or everything written, or something between, or all by kill -9."""
+        states = [*self._disk.crash_states(np.random.default_rng(leaves), 16), self._disk.killed()]
+        self._disk = states[leaves % len(states)]
+        self._device = submission(STATE, self._disk)
 
     def _in_the_outbox(self) -> set[Counter]:
-        return {Counter(int(file.stem)) for file in (self._state / "outbox").glob("*.update")}
+        return {Counter(int(file.stem)) for file in self._disk.files() if file.suffix == ".update"}
 
     def _on_disk(self) -> Counter | None:
         """The update that the device's feedback is about."""
-        left, self._disk.changes_left = self._disk.changes_left, None
-        try:
-            return FeedbackFile(self._state / FEEDBACK_FILE).counter
-        finally:
-            self._disk.changes_left = left
+        return FeedbackFile(STATE / FEEDBACK_FILE, self._disk.killed()).counter
 
 
-cuts: Final = st.none() | st.integers(0, 5)
+cuts: Final = st.none() | st.integers(0, 14)
+left: Final = st.integers(0, 40)
 trainings: Final = st.builds(
     Train,
     delta=st.tuples(*[st.integers(-9, 9)] * 3),
     codec=st.sampled_from(["coarse", "coarse", "coarse", "float32"]),
     plan=st.sampled_from(["one"] * 7 + ["two"]),
-    cut_after=cuts,
-    brings_back=st.booleans(),
+    cut=cuts,
+    leaves=left,
 )
 deliveries: Final = st.builds(
     Deliver,
     verdict=st.sampled_from([Verdict.APPLIED, Verdict.APPLIED, Verdict.REJECTED]),
     arrives=st.sampled_from([True, True, True, False]),
     is_answered=st.sampled_from([True, True, False]),
-    cut_after=cuts,
-    brings_back=st.booleans(),
+    cut=cuts,
+    leaves=left,
 )
-restarts: Final = st.builds(Restart, brings_back=st.booleans())
+restarts: Final = st.builds(Restart, leaves=left)
 
 FIVE: Final = Train((5, 5, 5))
 
 
 @example(steps=[FIVE, Deliver(), FIVE, Deliver()])
-@example(steps=[Train((5, 5, 5), cut_after=2), FIVE])  # the feedback is written, and the update is not
-@example(steps=[FIVE, Train((5, 5, 5), cut_after=2, brings_back=True)])  # the older one must not be sent
-@example(steps=[FIVE, Train((5, 5, 5), cut_after=3, brings_back=True)])  # nor beside the newer one
-@example(steps=[FIVE, Deliver(cut_after=1), Deliver()])  # settled, and still in the outbox: a duplicate
-@example(steps=[FIVE, Deliver(cut_after=0), Restart(), Deliver()])  # not settled yet: a duplicate too
+@example(steps=[Train((5, 5, 5), cut=Step.FEEDBACK_KEPT), FIVE])
+@example(steps=[FIVE, Train((5, 5, 5), cut=Step.FEEDBACK_KEPT, leaves=1)])  # the older must not be sent
+@example(steps=[FIVE, Train((5, 5, 5), cut=Step.UPDATE_KEPT)])  # nor beside the newer one
+@example(steps=[FIVE, Deliver(cut=Step.FEEDBACK_SETTLED), Deliver()])  # still in the outbox: a duplicate
+@example(steps=[FIVE, Deliver(cut=0), Restart(), Deliver()])  # not settled yet: a duplicate too
 @example(steps=[FIVE, Deliver(is_answered=False), Restart(), FIVE])
-@example(steps=[FIVE, Deliver(Verdict.REJECTED), FIVE, Deliver(), Restart(brings_back=True)])
+@example(steps=[FIVE, Deliver(Verdict.REJECTED), FIVE, Deliver(), Restart()])
 @example(steps=[FIVE, Deliver(), Train((1, 2, 3), codec="float32"), Deliver(), Train((1, 0, 0), "float32")])
 @example(steps=[FIVE, Deliver(), Train((3, 3, 3), plan="two"), FIVE])
 @given(steps=st.lists(st.one_of(trainings, trainings, deliveries, deliveries, restarts), max_size=14))
-@hypothesis_settings(max_examples=150)
+@hypothesis_settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_was_applied_and_what_is_carried_add_up_to_what_was_trained(
-    steps: list[Train | Deliver | Restart],
+    nothing_is_left_behind: None, steps: list[Train | Deliver | Restart]
 ) -> None:
-    with tempfile.TemporaryDirectory() as folder, Disk().in_use() as disk:
-        ledger = Ledger(Path(folder), disk)
-        for step in steps:
-            ledger.do(step)
-        residual = ledger.residual()
-        assert (ledger.applied + residual).tolist() == ledger.trained
+    ledger = Ledger()
+    for step in steps:
+        ledger.do(step)
+    residual = ledger.residual()
+    assert (ledger.applied + residual).tolist() == ledger.trained

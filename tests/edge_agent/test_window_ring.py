@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from edge_agent.window_ring import Layout, WindowRing, read_ring, ring_stamp
 from edge_agent.windows import Floats
+from fedtide.wire.disk import UNSYNCED_DISK
 
 LAYOUT: Final = Layout(b"one-two-", 3)
 RECORD_BYTES: Final = 4 + 3 * 4
@@ -31,7 +32,7 @@ def numbered(first: int, count: int) -> Floats:
 
 
 def ring_in(directory: Path, max_bytes: int = EIGHT_SEGMENTS_OF_FIVE, layout: Layout = LAYOUT) -> WindowRing:
-    return WindowRing(directory, layout, max_bytes, sync=False)
+    return WindowRing(directory, layout, max_bytes, UNSYNCED_DISK)
 
 
 def size_of(directory: Path) -> int:
@@ -289,6 +290,6 @@ def test_windows_are_synced_once_a_batch(tmp_path: Path, monkeypatch: pytest.Mon
     ring = WindowRing(tmp_path, LAYOUT, 100_000)
     ring.append(numbered(1, 1))
     synced: list[int] = []
-    monkeypatch.setattr(os, "fsync", synced.append)
+    monkeypatch.setattr(os, "fdatasync", synced.append)
     ring.append(numbered(2, 500))
     assert len(synced) == 1

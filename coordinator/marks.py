@@ -1,8 +1,9 @@
 """Marks: how far each device's updates have come. This is what makes an update count once. Pure."""
 
-from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import Final
+
+import msgspec
 
 from fedtide.wire.ids import Counter, DeviceId
 from fedtide.wire.messages import Reason, Verdict
@@ -22,8 +23,7 @@ class Standing(Enum):
     """Below the highest and never applied: superseded by its own device, or replayed by somebody else."""
 
 
-@dataclass(frozen=True)
-class Mark:
+class Mark(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """How far a device's updates have come, and what it contributed.
 
     Attributes:
@@ -67,7 +67,7 @@ def after_applied(
 ) -> Mark:
     """The mark once a new update was applied."""
     moved = _moved(mark, device, counter, applied=True)
-    return replace(
+    return msgspec.structs.replace(
         moved,
         verdict=Verdict.APPLIED,
         reason=None,
@@ -83,7 +83,9 @@ def after_rejected(
 ) -> Mark:
     """The mark once a new update was rejected."""
     moved = _moved(mark, device, counter, applied=False)
-    return replace(moved, verdict=Verdict.REJECTED, reason=reason, detail=detail, rejected=moved.rejected + 1)
+    return msgspec.structs.replace(
+        moved, verdict=Verdict.REJECTED, reason=reason, detail=detail, rejected=moved.rejected + 1
+    )
 
 
 def _moved(mark: Mark | None, device: DeviceId, counter: Counter, *, applied: bool) -> Mark:
@@ -92,4 +94,4 @@ def _moved(mark: Mark | None, device: DeviceId, counter: Counter, *, applied: bo
     distance = counter - mark.counter
     kept = mark.recent << distance if distance < _WINDOW else 0
     recent = (kept | int(applied)) & ((1 << _WINDOW) - 1)
-    return replace(mark, counter=counter, recent=recent)
+    return msgspec.structs.replace(mark, counter=counter, recent=recent)

@@ -7,6 +7,8 @@ elementwise IEEE float32 in journal order, so a replay is equal to the bit.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from coordinator.aggregation import Buffer, empty_buffer
 from coordinator.server_optimizers import OptimizerState
 from coordinator.settings import Rules
@@ -19,7 +21,7 @@ class ModelState:
     """Everything a replay rebuilds.
 
     Attributes:
-        version: how many aggregations made these parameters.
+        version: how many aggregations and resets made these parameters.
         parameters: the global model, never changed in place.
         buffer: what has been folded since.
         optimizer: the server optimizer's state.
@@ -44,6 +46,11 @@ def initial_state(parameters: Vector, rules: Rules) -> ModelState:
     )
 
 
+def reset_state(state: ModelState, version: ModelVersion, parameters: Vector) -> ModelState:
+    """Other parameters under a version of their own: empty buffer, a new state of the server optimizer."""
+    return replace(initial_state(parameters, state.rules), version=version)
+
+
 def fold_update(
     state: ModelState, delta: Vector, staleness_weight: float, importance: float, base: Vector | None
 ) -> ModelState:
@@ -58,27 +65,36 @@ def fold_update(
         importance: n.
         base: parameters of the update's base version, where the aggregator needs them.
     """
-    buffer = state.rules.aggregator.fold(
-        state.buffer,
-        delta,
-        staleness_weight=staleness_weight,
-        importance=importance,
-        current=state.parameters,
-        base=base,
-    )
+    with np.errstate(over="ignore", invalid="ignore"):
+        buffer = state.rules.aggregator.fold(
+            state.buffer,
+            delta,
+            staleness_weight=staleness_weight,
+            importance=importance,
+            current=state.parameters,
+            base=base,
+        )
     folded = replace(state, buffer=buffer)
     return close_buffer(folded) if buffer.count >= state.rules.aggregator.goal else folded
 
 
 def close_buffer(state: ModelState) -> ModelState:
-    """Make the next version from what the buffer holds; an empty buffer changes nothing."""
+    """Make the next version from what the buffer holds; an empty buffer changes nothing.
+
+    Deltas are finite and their sum may not be. No version is made of that: the next one has the same
+    parameters, the very same array, and the server optimizer begins anew.
+    """
     if state.buffer.count == 0:
         return state
-    delta = state.rules.aggregator.aggregated_delta(state.buffer)
-    optimizer, parameters = state.rules.server_optimizer.apply(state.optimizer, state.parameters, delta)
+    version = ModelVersion(state.version + 1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        delta = state.rules.aggregator.aggregated_delta(state.buffer)
+        optimizer, parameters = state.rules.server_optimizer.apply(state.optimizer, state.parameters, delta)
+    if not all(np.isfinite(vector).all() for vector in (parameters, *optimizer.vectors)):
+        return reset_state(state, version, state.parameters)
     return replace(
         state,
-        version=ModelVersion(state.version + 1),
+        version=version,
         parameters=parameters,
         optimizer=optimizer,
         buffer=empty_buffer(parameters.size),

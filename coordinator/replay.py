@@ -1,15 +1,17 @@
 """Replay is the recovery: the newest snapshot, then every later entry through the same pure code as live."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
-from coordinator.entries import Entry, FlushEntry, RulesEntry, UpdateEntry
-from coordinator.journal import Journal, JournalDamaged
-from coordinator.model_state import ModelState, change_rules, close_buffer, fold_update
+from coordinator.entries import Entry, FlushEntry, ResetEntry, RulesEntry, UpdateEntry
+from coordinator.journal.errors import JournalDamaged
+from coordinator.journal.history import History
+from coordinator.model_state import ModelState, change_rules, close_buffer, fold_update, reset_state
 from fedtide.wire import codecs
 from fedtide.wire.envelope import open_update
 from fedtide.wire.errors import WireError
 from fedtide.wire.ids import ModelVersion
-from fedtide.wire.parameters import Schema, Vector, fingerprint
+from fedtide.wire.parameters import Schema, Vector, fingerprint, from_bytes
 
 Bases = Callable[[ModelVersion], Vector]
 """Gives the parameters of a published version. Raises ``FileNotFoundError`` for one that is not kept."""
@@ -52,49 +54,68 @@ class _MadeBases:
 
 
 def replay(
-    journal: Journal,
+    journal: History,
     state: ModelState,
     sequence: int,
     *,
     schema: Schema,
     bases: Bases,
     on_version: Callable[[ModelState], None] = lambda _state: None,
+    on_entry: Callable[[int, ModelState], None] = lambda _number, _state: None,
+    published: Mapping[ModelVersion, bytes] | None = None,
+    through_resets: bool = True,
 ) -> tuple[int, ModelState]:
-    """Apply every entry after ``sequence`` and return the last entry's number and the state after it.
+    """Apply every entry after record ``sequence`` and return how many there were and the state after them.
 
     Args:
         journal: whose entries.
-        state: the state after entry ``sequence``.
+        state: the state after record ``sequence``.
         sequence: where to begin; 0 for the whole journal.
-        schema: of the model.
+        schema: of the model there; a reset brings its own.
         bases: for aggregators that need the base version's parameters; asked for versions before ``state``.
         on_version: told of each new version.
+        on_entry: told of each entry's number, and of the state before it.
+        published: fingerprints of the versions as aggregated; None: those that the journal still counts.
+        through_resets: False leaves out what a later reset made of no account.
 
     Raises:
         ReplayMismatch: a version is not the one that was published.
         JournalDamaged: an entry cannot be applied.
         FileNotFoundError: a base from before ``state`` is not kept; an earlier state would give it.
     """
-    published = {row.version: row.exact or row.fingerprint for row in journal.published()}
+    if published is None:
+        published = {row.version: row.exact or row.fingerprint for row in journal.published()}
     needed = state.rules.aggregator.needs_base
     made = _MadeBases(bases, journal.last_uses(sequence, needed=needed), published)
     made.note(sequence, state)
-    number = sequence
+    begin = 0 if through_resets else journal.ledger.reset_sequence
+    applied = 0
     for number, entry in journal.entries_after(sequence):
         before = state.version
+        if number < begin:
+            state = replace(state, rules=entry.rules) if isinstance(entry, RulesEntry) else state
+            continue
+        on_entry(number, state)
         try:
             state = apply_entry(state, entry, schema, made)
         except (WireError, ValueError, TypeError) as error:
-            raise JournalDamaged(f"entry {number} cannot be replayed: {error}") from error
+            raise JournalDamaged(f"record {number} cannot be replayed: {error}") from error
+        if isinstance(entry, ResetEntry):
+            schema = entry.schema
+        applied += 1
         made.note(number, state)
         if state.version != before:
             check_published(state, published)
             on_version(state)
-    return number, state
+    return applied, state
 
 
 def apply_entry(state: ModelState, entry: Entry, schema: Schema, bases: Bases) -> ModelState:
-    """The state after one entry."""
+    """The state after one entry.
+
+    Raises:
+        WireError, ValueError, TypeError: the entry does not fit.
+    """
     match entry:
         case UpdateEntry():
             envelope = open_update(entry.envelope, len(entry.envelope))
@@ -105,6 +126,11 @@ def apply_entry(state: ModelState, entry: Entry, schema: Schema, bases: Bases) -
             return close_buffer(state)
         case RulesEntry():
             return change_rules(state, entry.rules)
+        case ResetEntry():
+            parameters = from_bytes(entry.parameters)
+            if parameters.size != entry.schema.size:
+                raise ValueError(f"a reset to {parameters.size} parameters of a model of {entry.schema.size}")
+            return reset_state(state, entry.version, parameters)
 
 
 def check_published(state: ModelState, published: Mapping[ModelVersion, bytes]) -> None:

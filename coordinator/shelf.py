@@ -14,7 +14,7 @@ from typing import Final
 
 from fedtide.wire import frame
 from fedtide.wire.chunks import split
-from fedtide.wire.durable import write_durably
+from fedtide.wire.disk import OS_DISK, UNSYNCED_DISK, Disk, write_durably
 from fedtide.wire.errors import WireError
 from fedtide.wire.frame import Message
 from fedtide.wire.ids import BlobId, FleetId, ModelVersion
@@ -40,12 +40,15 @@ class Shelf:
     Args:
         fleet: whose blobs.
         path: the file that remembers them; None: nothing does.
+        disk: where that is. Not synced: at worst some blobs of a run whose machine lost its power are never
+            cleared.
     """
 
-    def __init__(self, fleet: FleetId, path: Path | None = None) -> None:
+    def __init__(self, fleet: FleetId, path: Path | None = None, disk: Disk = UNSYNCED_DISK) -> None:
         self._fleet = fleet
         self._path = path
-        self._retained: dict[BlobId, BlobRef] = {ref.id: ref for ref in _read(path)}
+        self._disk = disk
+        self._retained: dict[BlobId, BlobRef] = {ref.id: ref for ref in _read(disk, path)}
         self._whole: set[BlobId] = set()
         # What an earlier run left counts as named by the version before this run's first.
         self._named: deque[tuple[ModelVersion | None, set[BlobId]]] = deque(maxlen=_KEPT_VERSIONS)
@@ -103,20 +106,24 @@ class Shelf:
             self._write()
 
     def _write(self) -> None:
-        """Not synced: at worst some blobs of a run whose machine lost its power are never cleared."""
         if self._path is not None:
             content = frame.to_frame(_Retained(blobs=tuple(self._retained.values())))
-            write_durably(self._path, content, sync=False)
+            write_durably(self._disk, self._path, content)
 
     def _topic(self, ref: BlobRef, index: int) -> str:
         return BLOB_CHUNK.name(self._fleet, blob=ref.id, index=index)
 
 
-def _read(path: Path | None) -> tuple[BlobRef, ...]:
+def unsynced(disk: Disk) -> Disk:
+    """The disk for the shelf's file: the system's without syncs, or a test's own."""
+    return UNSYNCED_DISK if disk is OS_DISK else disk
+
+
+def _read(disk: Disk, path: Path | None) -> tuple[BlobRef, ...]:
     if path is None:
         return ()
     try:
-        return frame.from_frame(path.read_bytes(), _Retained, _MAX_FILE_BYTES).blobs
+        return frame.from_frame(disk.read(path), _Retained, _MAX_FILE_BYTES).blobs
     except FileNotFoundError:
         return ()
     except WireError as error:

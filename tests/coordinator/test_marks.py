@@ -3,8 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.journal import Batch, Journal
-from coordinator.marks import Mark, Standing, after_applied, after_rejected, standing
+from coordinator.marks import Standing, after_applied, after_rejected, standing
 from fedtide.wire.ids import DeviceId
 from fedtide.wire.messages import Reason, Verdict
 
@@ -87,15 +86,3 @@ def test_within_the_window_what_was_applied_is_told_from_what_was_not(sequence):
                 was_applied.add(counter)
         elif known is not Standing.LATEST and mark.counter - counter < 63:
             assert (known is Standing.APPLIED_BEFORE) == (counter in was_applied)
-
-
-@given(sequence=arrivals.filter(len))
-def test_a_mark_comes_back_from_the_journal_as_it_was(sequence, tmp_path_factory):
-    mark: Mark | None = None
-    for counter, counts in sequence:
-        if standing(mark, counter) is Standing.NEW:
-            mark = applied(mark, counter, 2, 0.125) if counts else rejected(mark, counter)
-    journal = Journal(tmp_path_factory.getbasetemp() / "marks.sqlite")
-    journal.commit(Batch(marks=[mark]))
-    assert journal.marks() == {PUMP: mark}
-    journal.close()

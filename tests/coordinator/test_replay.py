@@ -1,21 +1,22 @@
 """Replay gives what was live, to the bit: every aggregator with every server optimizer."""
 
 import hashlib
-import sqlite3
+import shutil
 import struct
 
 import msgspec
 import numpy as np
 import pytest
-from small_fleet import DEVICES, assert_same_state, constant, make_settings, make_update
+from small_fleet import DEVICES, Bench, assert_same_state, constant, make_settings, make_update
 
 from coordinator.aggregation import FedAsync, FedAvg, FedBuff
-from coordinator.entries import RulesEntry, UpdateEntry
-from coordinator.journal import JournalDamaged, Published
+from coordinator.entries import FlushEntry, RulesEntry, UpdateEntry
+from coordinator.journal import History, Journal, JournalDamaged, Published
 from coordinator.replay import ReplayMismatch
 from coordinator.server_optimizers import SGD, Adam, Momentum, Yogi
-from coordinator.settings import Journal, Publish, Update
-from fedtide.wire.messages import Verdict
+from coordinator.settings import Journal as JournalSettings
+from coordinator.settings import Publish, Update
+from fedtide.wire.messages import Reason, Verdict
 from fedtide.wire.parameters import fingerprint
 
 AGGREGATORS = [
@@ -102,7 +103,7 @@ def test_a_run_interrupted_again_and_again_equals_one_that_was_not(open_bench):
     whole = open_bench(settings, "whole")
     a_run(whole, np.random.default_rng(3), 30)
     bench = open_bench(settings, "pieces")
-    for number, entry in whole.journal.entries_after(1):
+    for number, entry in whole.journal.entries_after(2):
         if isinstance(entry, UpdateEntry):
             (receipt,) = bench.send(entry.envelope)
             assert receipt.verdict is Verdict.APPLIED
@@ -152,15 +153,19 @@ def test_settings_changed_between_runs_are_journaled_and_replay_the_same(open_be
     assert_same_state(again.replay_from_start(), changed.state)
 
 
+def rules_in(journal):
+    return sum(isinstance(entry, RulesEntry) for _, entry in journal.entries_after(0))
+
+
 def test_unchanged_settings_are_journaled_once(open_bench):
     for _ in range(3):
         open_bench().close()
-    assert open_bench().journal.last_sequence() == 1
+    assert rules_in(open_bench().journal) == 1
 
 
 def test_settings_that_change_no_rules_are_not_journaled(open_bench):
     open_bench().close()
-    assert open_bench(make_settings(flush_after_s=1.0)).journal.last_sequence() == 1
+    assert rules_in(open_bench(make_settings(flush_after_s=1.0)).journal) == 1
 
 
 @pytest.mark.parametrize("snapshot_every", [5, 1000])
@@ -169,7 +174,7 @@ def test_recovery_needs_no_base_that_was_removed_meanwhile(open_bench, snapshot_
     settings = make_settings(
         aggregator=FedAsync(),
         publish=Publish(keep_versions=2),
-        journal=Journal(snapshot_every_updates=snapshot_every),
+        journal=JournalSettings(snapshot_every_updates=snapshot_every),
     )
     bench = open_bench(settings)
     for counter in range(1, 41):
@@ -203,99 +208,102 @@ def a_short_run(open_bench):
     return settings
 
 
-def tamper(tmp_path, statement, *values):
-    with sqlite3.connect(tmp_path / "state" / "journal.sqlite") as database:
-        assert database.execute(statement, values).rowcount == 1
-    database.close()
+FIRST_UPDATE = 4  # after the rules, the plan's parameters and the publication of version 0
 
 
-def envelope_of(tmp_path, sequence):
-    with sqlite3.connect(tmp_path / "state" / "journal.sqlite") as database:
-        (body,) = database.execute("SELECT body FROM entries WHERE sequence = ?", (sequence,)).fetchone()
-    database.close()
-    return body
+def tamper(tmp_path, change):
+    """Rewrite the journal with other records, whole in every checksum."""
+    directory = tmp_path / "state" / "journal"
+    records = dict(History(directory).records_after(0))
+    shutil.rmtree(directory)
+    journal = Journal(directory)
+    journal.add(*change(records).values())
+    journal.close()
+
+
+def tamper_update(tmp_path, **changes):
+    def change(records):
+        update = msgspec.structs.replace(records[FIRST_UPDATE], **changes)
+        return {**records, FIRST_UPDATE: update}
+
+    tamper(tmp_path, change)
 
 
 @pytest.mark.parametrize("weight", [0.5, 1.0 - 2.0**-20])
 def test_a_tampered_staleness_weight_is_noticed(open_bench, tmp_path, weight):
     settings = a_short_run(open_bench)
-    tamper(tmp_path, "UPDATE entries SET staleness_weight = ? WHERE sequence = 2", weight)
+    tamper_update(tmp_path, staleness_weight=weight)
     with pytest.raises(ReplayMismatch, match=r"other parameters for version \d+ than were published"):
         open_bench(settings)
 
 
 def test_a_tampered_importance_is_noticed(open_bench, tmp_path):
     settings = a_short_run(open_bench)
-    tamper(tmp_path, "UPDATE entries SET importance = 2.0 WHERE sequence = 2")
+    tamper_update(tmp_path, importance=2.0)
     with pytest.raises(ReplayMismatch):
         open_bench(settings)
 
 
+def without(records, number):
+    return {each: record for each, record in records.items() if each != number}
+
+
 def test_a_missing_entry_is_noticed(open_bench, tmp_path):
     settings = a_short_run(open_bench)
-    tamper(tmp_path, "DELETE FROM entries WHERE sequence = 3")
+    tamper(tmp_path, lambda records: without(records, FIRST_UPDATE + 1))
     with pytest.raises(ReplayMismatch):
         open_bench(settings)
 
 
 def test_an_entry_too_many_is_noticed(open_bench, tmp_path):
     settings = a_short_run(open_bench)
-    tamper(tmp_path, "UPDATE entries SET kind = 'flush' WHERE sequence = 2")
+    tamper(tmp_path, lambda records: {**records, FIRST_UPDATE: FlushEntry()})
     with pytest.raises(ReplayMismatch):
         open_bench(settings)
 
 
 def test_tampered_rules_are_noticed(open_bench, tmp_path):
     settings = a_short_run(open_bench)
-    body = open_bench(settings, "elsewhere").recovered.state.rules
-    other = msgspec.structs.replace(body, server_optimizer=SGD(learning_rate=0.5))
-    tamper(tmp_path, "UPDATE entries SET body = ? WHERE sequence = 1", other.to_bytes())
+    rules = open_bench(settings, "elsewhere").recovered.state.rules
+    other = msgspec.structs.replace(rules, server_optimizer=SGD(learning_rate=0.5))
+    tamper(tmp_path, lambda records: {**records, 1: RulesEntry(other)})
     with pytest.raises(ReplayMismatch):
         open_bench(settings)
 
 
 @pytest.mark.parametrize(
-    "statement",
+    ("number", "changes"),
     [
-        "UPDATE entries SET body = x'01' WHERE sequence = 2",
-        "UPDATE entries SET body = NULL WHERE sequence = 2",
-        "UPDATE entries SET staleness_weight = 1e999 WHERE sequence = 2",
-        "UPDATE entries SET staleness_weight = NULL WHERE sequence = 2",
-        "UPDATE entries SET importance = 0 WHERE sequence = 2",
-        "UPDATE entries SET body = x'7b7d' WHERE sequence = 1",
-        "UPDATE entries SET body = NULL WHERE sequence = 1",
-        "UPDATE entries SET kind = 'teleport' WHERE sequence = 2",
+        (FIRST_UPDATE, {"envelope": b"\x01"}),
+        (FIRST_UPDATE, {"envelope": b""}),
+        (FIRST_UPDATE, {"staleness_weight": float("inf")}),
+        (FIRST_UPDATE, {"importance": 0.0}),
+        (2, {"parameters": b"\0" * 12}),
+        (2, {"parameters": b"\0" * 31}),
     ],
 )
-def test_an_entry_that_cannot_be_replayed_is_damage_and_named(open_bench, tmp_path, statement):
+def test_an_entry_that_cannot_be_replayed_is_damage_and_named(open_bench, tmp_path, number, changes):
     settings = a_short_run(open_bench)
-    tamper(tmp_path, statement)
-    with pytest.raises(JournalDamaged, match=rf"entry {statement[-1]}\b"):
+    tamper(
+        tmp_path,
+        lambda records: {**records, number: msgspec.structs.replace(records[number], **changes)},
+    )
+    with pytest.raises(JournalDamaged, match=rf"record {number} cannot be replayed"):
         open_bench(settings)
 
 
 def test_every_flipped_byte_of_an_envelope_that_decides_on_the_model_is_noticed(open_bench, tmp_path):
     """The payload is all that replay takes from an envelope, but for the codec's name."""
     settings = a_short_run(open_bench)
-    envelope = envelope_of(tmp_path, 2)
+    envelope = dict(History(tmp_path / "state" / "journal").entries_after(0))[FIRST_UPDATE].envelope
     for place in range(len(envelope) - 8, len(envelope)):
         flipped = envelope[:place] + struct.pack("B", envelope[place] ^ 0x10) + envelope[place + 1 :]
         assert hashlib.sha256(flipped).digest() != hashlib.sha256(envelope).digest()
-        tamper(tmp_path, "UPDATE entries SET body = ? WHERE sequence = 2", flipped)
-        with pytest.raises(JournalDamaged, match="entry 2"):
+        tamper_update(tmp_path, envelope=flipped)
+        with pytest.raises(JournalDamaged, match=f"record {FIRST_UPDATE}"):
             open_bench(settings)
-    tamper(tmp_path, "UPDATE entries SET body = ? WHERE sequence = 2", envelope)
+    tamper_update(tmp_path, envelope=envelope)
     assert open_bench(settings).state.version > 0
-
-
-def test_overwritten_pages_are_damage(open_bench, tmp_path):
-    settings = a_short_run(open_bench)
-    path = tmp_path / "state" / "journal.sqlite"
-    content = bytearray(path.read_bytes())
-    content[32_768:] = b"\x55" * (len(content) - 32_768)  # all but the first page
-    path.write_bytes(bytes(content))
-    with pytest.raises(JournalDamaged):
-        open_bench(settings)
 
 
 def test_a_base_that_is_kept_only_as_devices_hold_it_is_made_anew(open_bench):
@@ -316,3 +324,57 @@ def test_a_base_that_is_kept_only_as_devices_hold_it_is_made_anew(open_bench):
     (exact,) = (bench.recovered.models._directory.parent / "exact").iterdir()
     exact.unlink()
     assert_same_state(open_bench(settings).state, live)
+
+
+def test_an_update_whose_base_is_no_longer_on_disk_is_refused_and_the_next_one_counts(tmp_path):
+    """FedAsync needs the base; a file that somebody removed must not end the coordinator at each update."""
+    bench = Bench(tmp_path, make_settings(aggregator=FedAsync(mixing=0.5)))
+    bench.send(make_update(counter=1))
+    bench.publish()
+    bench.close()
+    (tmp_path / "models" / "000000000001.safetensors").unlink()
+    again = Bench(tmp_path, make_settings(aggregator=FedAsync(mixing=0.5)))
+    fingerprint_1 = again.writer.published[1]
+    (receipt,) = again.send(make_update(counter=2, base_version=1, base_sha256=fingerprint_1))
+    assert (receipt.verdict, receipt.reason) == (Verdict.REJECTED, Reason.UNKNOWN_BASE)
+    assert "version 1, whose parameters are no longer kept" in receipt.detail
+    again.publish()  # as the service does at its start
+    (receipt,) = again.send(make_update(counter=3, base_version=1, base_sha256=fingerprint_1))
+    assert receipt.verdict is Verdict.APPLIED
+    again.close()
+
+
+@pytest.mark.parametrize("later", [FedAsync(mixing=0.5), FedBuff(goal=1)], ids=["the same", "other rules"])
+def test_a_base_is_kept_as_long_as_a_replay_from_the_newest_snapshot_needs_it(tmp_path, later):
+    """Of a busy fleet on a small disk: an update's base is older than the oldest snapshot that is kept."""
+    settings = make_settings(
+        aggregator=FedAsync(mixing=0.5),
+        publish=Publish(keep_versions=2, format="float32"),
+        journal=JournalSettings(keep_bytes=1),
+    )
+    bench = Bench(tmp_path, settings)
+    bench.send(make_update(counter=1))
+    bench.publish()
+    first = bench.writer.published[1]
+    for counter in range(2, 8):
+        bench.send(make_update(counter=counter, base_version=1, base_sha256=first))
+        if counter % 2 == 0:
+            bench.snapshot()
+    bench.close()
+    settings = msgspec.structs.replace(settings, aggregator=later)
+    bench = Bench(tmp_path, settings)
+    for counter in range(8, 12):
+        bench.publish()
+        newest = max(bench.writer.published)
+        fresh = {"base_version": newest, "base_sha256": bench.writer.published[newest]}
+        bench.send(make_update(counter=counter, **fresh))
+    live = bench.state
+    bench.close()
+    again = Bench(tmp_path, settings)
+    assert_same_state(again.state, live)
+    for _ in range(2):
+        again.snapshot()
+        again.journal.next_epoch()
+        again.publish()
+    assert len(list((tmp_path / "models").iterdir())) <= 4  # and then they go
+    again.close()

@@ -1,5 +1,7 @@
 """Models and snapshots on disk: whole or not used, few, and readable by others."""
 
+import time
+
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -14,9 +16,11 @@ from small_fleet import (
 )
 
 from coordinator.aggregation import FedBuff
+from coordinator.marks import Mark
 from coordinator.model_store import ModelStore
 from coordinator.server_optimizers import Adam
-from coordinator.settings import Publish
+from coordinator.settings import Journal, Publish
+from fedtide.wire.messages import Verdict
 
 ADAM = make_settings(aggregator=FedBuff(goal=2), server_optimizer=Adam())
 
@@ -27,7 +31,7 @@ def fill(bench, number, first=1):
 
 
 def snapshot_files(tmp_path):
-    return sorted((tmp_path / "state" / "snapshots").glob("*.safetensors"))
+    return sorted((tmp_path / "state" / "journal").glob("*.safetensors"))
 
 
 def test_a_snapshot_brings_back_everything(open_bench):
@@ -87,20 +91,27 @@ def test_without_any_whole_snapshot_the_journal_is_replayed_from_its_start(open_
     for file in snapshot_files(tmp_path):
         file.write_bytes(file.read_bytes()[:-1])
     again = open_bench(ADAM)
-    assert again.recovered.replayed == 1 + 5  # the rules and five updates
+    assert again.recovered.replayed == 1 + 5  # the plan's parameters and five updates
     assert_same_state(again.state, bench.state)
 
 
-def test_two_snapshots_are_kept(open_bench, tmp_path):
+def test_a_snapshot_begins_a_segment_at_the_record_after_it(open_bench, tmp_path):
     bench = open_bench(ADAM)
-    for counter in range(1, 6):
-        fill(bench, 1, first=counter)
-        bench.snapshot()
-    assert [int(file.stem) for file in snapshot_files(tmp_path)] == [5, 6]
-    assert [row.sequence for row in bench.journal.snapshots()] == [6, 5]
+    fill(bench, 3)
+    before = bench.journal.last_sequence()
+    bench.snapshot()
+    fill(bench, 2, first=4)
+    names = sorted(file.name for file in (tmp_path / "state" / "journal").iterdir())
+    assert names == [
+        "000000000001.segment",
+        f"{before + 1:012d}.safetensors",
+        f"{before + 1:012d}.segment",
+        "end",
+    ]
+    assert [snapshot.ledger.sequence for snapshot in bench.journal.snapshots()] == [before]
 
 
-def test_a_snapshot_taken_twice_after_the_same_entry_is_one(open_bench, tmp_path):
+def test_a_snapshot_taken_twice_after_the_same_record_is_one(open_bench, tmp_path):
     bench = open_bench(ADAM)
     fill(bench, 1)
     bench.snapshot()
@@ -108,6 +119,60 @@ def test_a_snapshot_taken_twice_after_the_same_entry_is_one(open_bench, tmp_path
     assert len(snapshot_files(tmp_path)) == 1
     bench.close()
     assert_same_state(open_bench(ADAM).state, bench.state)
+
+
+def small(**bounds):
+    return make_settings(aggregator=FedBuff(goal=2), server_optimizer=Adam(), journal=Journal(**bounds))
+
+
+def test_the_oldest_segments_go_when_all_are_longer_than_allowed(open_bench, tmp_path):
+    bench = open_bench(small(keep_bytes=16_000))
+    for counter in range(1, 13):
+        fill(bench, 4, first=10 * counter)
+        bench.snapshot()
+    directory = tmp_path / "state" / "journal"
+    assert sum(file.stat().st_size for file in directory.iterdir()) < 16_000 + 5_000
+    segments = sorted(int(file.stem) for file in directory.glob("*.segment"))
+    assert 3 < len(segments) < 12
+    assert [int(file.stem) for file in snapshot_files(tmp_path)] == segments  # each begins with one
+    bench.close()
+    again = open_bench(small(keep_bytes=16_000))
+    assert_same_state(again.state, bench.state)
+    assert (again.journal.marks(), again.journal.totals()) == (bench.journal.marks(), bench.journal.totals())
+
+
+def test_however_little_may_be_kept_two_snapshots_are(open_bench, tmp_path):
+    bench = open_bench(small(keep_bytes=1))
+    for counter in range(1, 6):
+        fill(bench, 1, first=counter)
+        bench.snapshot()
+    assert len(snapshot_files(tmp_path)) == 2
+    bench.close()
+    newest = snapshot_files(tmp_path)[-1]
+    newest.write_bytes(newest.read_bytes()[:-1])
+    assert_same_state(open_bench(small(keep_bytes=1)).state, bench.state)
+
+
+def test_records_that_are_no_longer_kept_are_not_silently_left_out(open_bench):
+    bench = open_bench(small(keep_bytes=1))
+    for counter in range(1, 6):
+        fill(bench, 1, first=counter)
+        bench.snapshot()
+    with pytest.raises(FileNotFoundError, match=r"records before \d+ are no longer kept"):
+        list(bench.journal.entries_after(0))
+
+
+def test_a_snapshot_with_the_marks_of_a_hundred_thousand_devices_takes_well_under_a_second(open_bench):
+    bench = open_bench(ADAM)
+    for number in range(100_000):
+        device = f"device-{number}"
+        bench.journal.ledger.marks[device] = Mark(device, number, 2**63 - 1, Verdict.APPLIED, applied=number)
+    begun = time.process_time()
+    fill(bench, 1)
+    bench.snapshot()
+    assert time.process_time() - begun < 1.0
+    bench.close()
+    assert open_bench(ADAM).journal.marks() == bench.journal.marks()
 
 
 def test_folding_after_recovery_does_not_write_to_the_snapshot(open_bench, tmp_path):

@@ -76,12 +76,12 @@ def admit(header: UpdateHeader, terms: Terms, settings: CoordinatorSettings) -> 
 
 def _refuse_kind(header: UpdateHeader, terms: Terms) -> Rejection | None:
     if header.fleet != terms.fleet:
-        return Rejection(Reason.WRONG_FLEET, f"for fleet {header.fleet!r}; this is {terms.fleet!r}")
+        return Rejection(Reason.WRONG_FLEET, f"for fleet {header.fleet[:80]!r}; this is {terms.fleet!r}")
     if terms.stopped:
         return Rejection(Reason.STOPPED, "the run has stopped; no more updates are taken")
     if header.plan != terms.plan:
         return Rejection(
-            Reason.UNKNOWN_PLAN, f"for plan {header.plan!r}; the plan in force is {terms.plan!r}"
+            Reason.UNKNOWN_PLAN, f"for plan {header.plan[:80]!r}; the plan in force is {terms.plan!r}"
         )
     return None
 

@@ -15,6 +15,7 @@ from coordinator.model_grid import (
     Doubles,
     Place,
     first_on_grid,
+    grid_of,
     next_on_grid,
     spread_after,
     step_exponents,
@@ -62,18 +63,25 @@ class ClosedLoop:
         self._newest = newest
         self._target: Vector | None = None
 
-    def version(self, number: ModelVersion, target: Vector) -> Version:
+    def version(self, number: ModelVersion, target: Vector, *, anew: bool = False) -> Version:
         """What devices shall hold as version ``number``; the same again if it was made before.
 
         Args:
             number: of the model.
             target: its parameters, finite.
+            anew: the model was reset: what devices hold may be so far from it that a step from there, which
+                is as wide as the change, would miss it. Parameters that are on a grid are taken as they are.
         """
         newest = self._newest
         if newest is None or number != newest.number:
-            newest = self._following(newest, number, target)
+            newest = self._anew(newest, number, target) if anew else self._following(newest, number, target)
         self._newest, self._target = newest, target
         return newest
+
+    def _anew(self, newest: Version | None, number: ModelVersion, target: Vector) -> Version:
+        place = FIRST if newest is None else Place(sequence=newest.place.sequence + 1)
+        as_it_is = self._settings.format == ModelFormat.FLOAT32 or grid_of(target, self._schema) is not None
+        return Version.of(number, target if as_it_is else first_on_grid(target, self._schema), place)
 
     def _following(self, newest: Version | None, number: ModelVersion, target: Vector) -> Version:
         schema = self._schema

@@ -11,19 +11,24 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
-from coordinator.accounting import Accounting
+import msgspec
+
+from coordinator.accounting import DUPLICATE, REJECTED, Accounting
 from coordinator.intake import Arrived, Refused
-from coordinator.journal import Batch
+from coordinator.journal import Batch, Counted
+from coordinator.pace import Pacer
 from coordinator.recovery import Recovered
 from coordinator.settings import CoordinatorSettings
 from coordinator.writer import Writer
 from fedtide.wire import topics
 from fedtide.wire.clock import Clock
-from fedtide.wire.ids import DeviceId
+from fedtide.wire.ids import DeviceId, Epoch, ModelVersion
 from fedtide.wire.link import Connection, Delivery, LinkDown, PublishRefused
-from fedtide.wire.messages import DownMessage, Receipt
+from fedtide.wire.messages import DownMessage, MissingChunks, Reason, Receipt
+from fedtide.wire.parameters import Vector
 from fedtide.wire.seal import seal
 from fedtide.wire.signatures import DOWN_DOMAIN, SigningKey
+from fedtide.wire.steps import Step, reached
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +42,21 @@ class Waiting:
     arrival: Arrived | Refused
     delivery: Delivery
     connection: Connection
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the update, or of the message where it is none."""
+        return len(self.arrival.raw if isinstance(self.arrival, Arrived) else self.delivery.payload)
+
+
+@dataclass(frozen=True)
+class _Reset:
+    """Asks for a reset of the model; see ``Committer.reset``."""
+
+    why: str
+    above: ModelVersion | None
+    parameters: Vector | None
+    done: asyncio.Future[ModelVersion]
 
 
 class JournalThread:
@@ -60,8 +80,8 @@ class Committer:
     Attributes:
         accounting: of all updates.
         staleness: how many updates applied in this run had which staleness.
-        sequence: number of the last committed entry.
-        committed: the model after that entry; what others may see of it. Its buffer is spent.
+        committed: the model after the last committed entry; what others may see of it. Its buffer is spent.
+        pacer: measures how many updates a second are sustained, and says how long devices shall rest.
     """
 
     def __init__(
@@ -73,6 +93,7 @@ class Committer:
         journal_thread: JournalThread,
         key: SigningKey,
         clock: Clock,
+        epoch: Epoch,
         on_version: Callable[[], None],
     ) -> None:
         self._settings = settings
@@ -80,35 +101,89 @@ class Committer:
         self._recovered = recovered
         self._journal_thread = journal_thread
         self._key = key
+        self._epoch = epoch
         self._clock = clock
         self._on_version = on_version
         self.accounting = Accounting.from_totals(recovered.journal.totals())
         self.staleness: Tally[int] = Tally()
-        self.sequence = recovered.sequence
-        self._snapshot_sequence = recovered.sequence - recovered.replayed
         self.committed = writer.state
+        self.pacer = Pacer(settings.pacing)
         self._waiting: list[Waiting] = []
+        self._waiting_bytes = 0
+        self._in_line: dict[DeviceId, Waiting] = {}
+        self._dropped: Tally[str] = Tally()
+        self._count_due = False
+        self._resets: list[_Reset] = []
         self._work = asyncio.Event()
         self._judged = asyncio.Event()
-        self._finishing = False
+        self._finishing = self._over = False
         self._buffer_since = self._clock.now() if writer.state.buffer.count else None
 
     def put(self, waiting: Waiting) -> None:
-        """Take something that arrived."""
+        """Take something that arrived; once the run is over it is left where it is, unacknowledged."""
+        if self._over:
+            return
         self.accounting.arrived()
+        if isinstance(waiting.arrival, Arrived):
+            self._in_line.setdefault(waiting.arrival.envelope.header.device, waiting)
         self._waiting.append(waiting)
+        self._waiting_bytes += waiting.size_bytes
         self._work.set()
 
+    def turn_away_behind(self, device: DeviceId, delivery: Delivery, connection: Connection) -> bool:
+        """Of each device one update waits: another one is acknowledged, counted and left unread.
+
+        It is not answered, so its device sends it again where the answer to the first one does not do.
+
+        Returns:
+            Whether one waits.
+        """
+        first = self._in_line.get(device)
+        # One that came over a lost connection will be answered there, which is nowhere.
+        if first is None or first.connection is not connection:
+            return False
+        self.turn_away(delivery, connection, again=first.delivery.payload == delivery.payload)
+        return True
+
+    def turn_away(self, delivery: Delivery, connection: Connection, *, again: bool = False) -> None:
+        """Acknowledge and count a message that is left unread; ``again``: the same as one that waits."""
+        if self._over:
+            return
+        self.accounting.arrived()
+        self._dropped[DUPLICATE if again else REJECTED + Reason.TOO_MANY] += 1
+        connection.acknowledge(delivery)
+
     async def room(self) -> None:
-        """Wait until less than a batch waits: at QoS 0 nothing else keeps a flood from piling up here."""
-        while len(self._waiting) >= self._settings.journal.max_batch:
+        """Wait until less than a batch waits: nothing else keeps floods or large updates from piling up."""
+        while self._is_full() and not self._over:
             self._judged.clear()
             await self._judged.wait()
 
     def tick(self) -> None:
-        """Look at the time limit of the buffer."""
-        if self._flush_due():
+        """Look at the time limit of the buffer, and count durably what was dropped since the last batch."""
+        self._count_due = bool(self._dropped)
+        if self._flush_due() or self._count_due:
             self._work.set()
+
+    async def reset(
+        self, why: str, *, above: ModelVersion | None = None, parameters: Vector | None = None
+    ) -> ModelVersion | None:
+        """Go on from other parameters, or from the present ones under a number of their own.
+
+        Args:
+            why: for people.
+            above: what their number must be above, besides the number of the present version.
+            parameters: float32, shape ``(schema.size,)``; None: the present ones.
+
+        Returns:
+            Their number, once they are durable; None: the run is over.
+        """
+        if self._finishing:
+            return None
+        done: asyncio.Future[ModelVersion] = asyncio.get_running_loop().create_future()
+        self._resets.append(_Reset(why, above, parameters, done))
+        self._work.set()
+        return await done
 
     def finish(self) -> None:
         """Let :meth:`run` end once everything that has arrived is committed."""
@@ -121,51 +196,115 @@ class Committer:
             await self._work.wait()
             self._work.clear()
             await self._drain()
+            if self._count_due:
+                await self._count_dropped()
             if self._flush_due():
                 await self._commit(self._writer.flush())
-            if self.sequence - self._snapshot_sequence >= self._settings.journal.snapshot_every_updates:
+            await self._do_resets()
+            if self._snapshot_due():
                 await self._snapshot()
         await self._drain()
-        await self._snapshot()
+        await self._do_resets()
+        await self._count_dropped()
+        # Nothing is judged from here on. Whoever waited for room must go on taking what the broker brings:
+        # its acknowledgements of the last version and of the goodbye are among that.
+        self._over = True
+        self._judged.set()
+        if self._recovered.journal.since_entries:
+            await self._snapshot()
+
+    async def _do_resets(self) -> None:
+        resets, self._resets = self._resets, []
+        for reset in resets:
+            state = self._writer.state
+            version = ModelVersion(max(state.version, reset.above or 0) + 1)
+            parameters = state.parameters if reset.parameters is None else reset.parameters
+            await self._commit(self._writer.reset(version, parameters, reset.why))
+            log.warning("Version %d begins anew: %s", version, reset.why, extra={"event": "model.reset"})
+            if not reset.done.done():
+                reset.done.set_result(version)
 
     async def _drain(self) -> None:
         while self._waiting:
-            part = self._waiting[: self._settings.journal.max_batch]
-            del self._waiting[: len(part)]
+            part = self._next_part()
+            began = self._clock.now()
             judged = self._writer.judge([waiting.arrival for waiting in part])
-            await self._commit(judged.batch)
-            self.accounting.judged(judged.batch.totals)
+            batch = self._with_dropped(judged.batch)
+            reached(Step.UPDATES_FOLDED)
+            await self._commit(batch)
+            self.accounting.judged(batch.totals)
+            self._leave_line(part)
             self._judged.set()
             self.staleness.update(judged.staleness)
             for waiting in part:
                 waiting.connection.acknowledge(waiting.delivery)
+                reached(Step.UPDATE_ACKNOWLEDGED)
             await self._send_receipts(part, judged.receipts)
+            self.pacer.note_batch(len(part), self._clock.now() - began, more=bool(self._waiting))
+
+    def _is_full(self) -> bool:
+        bounds = self._settings.journal
+        return len(self._waiting) >= bounds.max_batch or self._waiting_bytes >= bounds.max_batch_bytes
+
+    def _next_part(self) -> list[Waiting]:
+        """Take what goes into the next batch: at least one, in order."""
+        bounds, part, size_bytes = self._settings.journal, list[Waiting](), 0
+        for waiting in self._waiting[: bounds.max_batch]:
+            size_bytes += waiting.size_bytes
+            if part and size_bytes > bounds.max_batch_bytes:
+                break
+            part.append(waiting)
+        del self._waiting[: len(part)]
+        self._waiting_bytes -= sum(waiting.size_bytes for waiting in part)
+        return part
+
+    def _leave_line(self, part: Sequence[Waiting]) -> None:
+        for waiting in part:
+            if isinstance(waiting.arrival, Arrived):
+                device = waiting.arrival.envelope.header.device
+                if self._in_line.get(device) is waiting:
+                    del self._in_line[device]
+
+    def _with_dropped(self, batch: Batch) -> Batch:
+        dropped, self._dropped = self._dropped, Tally()
+        return Batch([*batch.records, *(Counted(*fate) for fate in dropped.items())])
+
+    async def _count_dropped(self) -> None:
+        if self._dropped:
+            batch = self._with_dropped(Batch())
+            await self._commit(batch)
+            self.accounting.judged(batch.totals)
 
     async def _snapshot(self) -> None:
         """Make the state after the last committed entry durable; only between batches are the two equal."""
-        sequence, state = self.sequence, self._writer.state
-        await self._journal_thread.run(lambda: self._recovered.snapshots.save(sequence, state))
-        self._snapshot_sequence = sequence
+        state = self._writer.state
+        await self._journal_thread.run(lambda: self._recovered.journal.snapshot(state))
+
+    def _snapshot_due(self) -> bool:
+        journal, bounds = self._recovered.journal, self._settings.journal
+        return journal.since_entries >= bounds.snapshot_every_updates or journal.since_bytes >= max(
+            bounds.snapshot_every_bytes, journal.snapshot_bytes
+        )
 
     async def send_down(self, connection: Connection, device: DeviceId, message: DownMessage) -> None:
         """Send one device a sealed message; a lost one is made up for by the device's next attempt."""
+        if isinstance(message, Receipt | MissingChunks):
+            message = msgspec.structs.replace(message, epoch=self._epoch)
         topic = topics.DOWN.name(self._settings.fleet, device=device)
         try:
-            await connection.publish(topic, seal(message, self._key, DOWN_DOMAIN))
+            await connection.publish(topic, seal(message, self._key, DOWN_DOMAIN), qos=topics.DOWN.qos)
         except (LinkDown, PublishRefused) as error:
             log.debug("Not sent to %s: %s", device, error, extra={"event": "down.lost"})
 
     async def _commit(self, batch: Batch) -> None:
         state = self._writer.state
         await self._journal_thread.run(lambda: self._recovered.journal.commit(batch))
-        self.sequence += len(batch.entries)
         self._note_buffer()
         before, self.committed = self.committed, state
         if state.version != before.version:
             self._on_version()
 
     async def _send_receipts(self, part: Sequence[Waiting], receipts: Sequence[Receipt | None]) -> None:
-        sends = []
         for waiting, receipt in zip(part, receipts, strict=True):
             if receipt is None:
                 continue
@@ -174,8 +313,10 @@ class Committer:
                     "Rejected update %d of %s: %s", receipt.counter, receipt.device, receipt.detail,
                     extra={"event": "update.rejected", "reason": receipt.reason.value},
                 )  # fmt: skip
-            sends.append(self.send_down(waiting.connection, receipt.device, receipt))
-        await asyncio.gather(*sends)
+            rest_s = max(receipt.retry_after_s, self.pacer.rest_s(receipt.digest))
+            paced = msgspec.structs.replace(receipt, retry_after_s=rest_s)
+            await self.send_down(waiting.connection, receipt.device, paced)
+            reached(Step.RECEIPT_SENT)
 
     def _note_buffer(self) -> None:
         if self._writer.state.buffer.count == 0:

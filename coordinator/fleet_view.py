@@ -15,13 +15,15 @@ from coordinator.federated import FederatedEvaluations
 from coordinator.marks import Mark
 from coordinator.status import DeviceEvaluation, DeviceStatus, DeviceTrouble
 from fedtide.wire import frame
-from fedtide.wire.errors import WireError
+from fedtide.wire.errors import UnsupportedVersion, WireError
 from fedtide.wire.ids import DeviceId, ModelVersion
 from fedtide.wire.messages import DeviceEvent, EvaluationEvent, Presence, TrainingEvent, Trouble
 from fedtide.wire.signatures import PublicKey
 
 _WORD: Final = re.compile(r"[a-z][a-z_]{0,30}(\.[a-z][a-z_]{0,30})?")
 _OTHER: Final = "other"
+PROTOCOL: Final = "protocol.unsupported"
+"""The word for a device whose messages are in another version of the protocol than this build reads."""
 _MOST_WORDS: Final = 32  # each becomes a time series of its own, so a device may not invent them for ever
 _MOST_DETAIL: Final = 200
 
@@ -46,16 +48,27 @@ class FleetView:
     trouble_counts: Counter[str] = field(default_factory=Counter)
     malformed: int = 0
 
+    @property
+    def size(self) -> int:
+        """Of how many devices something is kept, at least."""
+        return max(len(self.presence), len(self.troubles))
+
     def note_presence(self, device: DeviceId, payload: bytes) -> Presence | None:
         """Take a message of the ``st`` topic; an old session's late will is ignored."""
         try:
             presence = frame.from_frame(payload, Presence)
+        except UnsupportedVersion as error:
+            self.malformed += 1
+            self._note_trouble(device, Trouble(event=PROTOCOL, detail=f"its presence was {error}"))
+            return None
         except WireError:
             self.malformed += 1
             return None
         known = self.presence.get(device)
         if known and known.online and not presence.online and known.boot != presence.boot:
             return None
+        if (trouble := self.troubles.get(device)) is not None and trouble.event == PROTOCOL:
+            del self.troubles[device]
         self.presence[device] = presence
         return presence
 

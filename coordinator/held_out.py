@@ -15,6 +15,7 @@ from coordinator.journal import EvaluationResult, Journal
 from coordinator.model_store import ModelStore, StoredRelease
 from coordinator.publisher import Publisher, Released
 from coordinator.release_gate import passes, sentence
+from coordinator.rollback_watch import RollbackWatch
 from coordinator.settings import CoordinatorSettings
 from coordinator.status import EvaluationPoint
 from fedtide.wire.clock import Clock
@@ -158,6 +159,7 @@ class HeldOutEvaluation:
         journal: Journal,
         journal_thread: JournalThread,
         releases: Releases,
+        rollback: RollbackWatch,
         clock: Clock,
     ) -> None:
         self._publisher = publisher
@@ -167,6 +169,7 @@ class HeldOutEvaluation:
         self._journal = journal
         self._journal_thread = journal_thread
         self._releases = releases
+        self._rollback = rollback
         self._clock = clock
         self._new_version = asyncio.Event()
         self._evaluating = asyncio.Lock()  # the end of a run may come while a version is being evaluated
@@ -180,6 +183,7 @@ class HeldOutEvaluation:
 
     async def run(self) -> None:
         """Evaluate versions as they are published, for ever."""
+        await self._rollback.go_back_if_due()
         while True:
             await self._new_version.wait()
             self._new_version.clear()
@@ -217,9 +221,10 @@ class HeldOutEvaluation:
             )
         )
         del self.points[:-_KEPT_EVALUATIONS]
+        await self._rollback.consider(result, version.parameters)
         await self._releases.consider(version.number, version.parameters, loss, metric)
 
 
 def _finite(value: float | None) -> float | None:
-    """A diverged model evaluates to NaN, which neither JSON nor SQLite can hold."""
+    """A diverged model evaluates to NaN, which JSON cannot hold."""
     return value if value is not None and math.isfinite(value) else None

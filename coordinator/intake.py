@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from coordinator.admission import Rejection
+from coordinator.poison import UNWATCHED, Watch, name_of
 from fedtide.wire import frame
 from fedtide.wire.chunks import MAX_CHUNK_BYTES, Assembler
 from fedtide.wire.codecs import CODECS
@@ -49,8 +50,9 @@ class Refused:
     Attributes:
         sender: the topic's device.
         counter: what it claimed, 0 if unreadable.
-        digest: identity of the bytes refused; None where they were damaged on the way, so that the device
-            sends them again instead of dropping them.
+        digest: identity of the bytes refused: of the envelope once all of it is here, before that of the one
+            message, because what a chunk says of its envelope anybody can say. None where they were damaged
+            on the way, so that the device sends them again instead of dropping them.
         rejection: why.
     """
 
@@ -67,14 +69,20 @@ class Intake:
         schema: bounds an envelope's size: the largest payload any codec makes of it.
         key_of: the roster's look-up.
         max_partial_bytes: of all updates of which some chunks have arrived.
+        watch: is told what is being read.
     """
 
     def __init__(
-        self, schema: Schema, key_of: Callable[[DeviceId], PublicKey | None], max_partial_bytes: int
+        self,
+        schema: Schema,
+        key_of: Callable[[DeviceId], PublicKey | None],
+        max_partial_bytes: int,
+        watch: Watch = UNWATCHED,
     ) -> None:
         largest = max(codec.max_bytes(schema) for codec in CODECS.values())
         self._max_bytes = max_envelope_bytes(largest)
         self._key_of = key_of
+        self._watch = watch
         self.assembler = Assembler(self._max_bytes, max(max_partial_bytes, self._max_bytes))
 
     def receive(self, sender: str, payload: bytes, now: float) -> Arrived | Refused | None:
@@ -85,23 +93,41 @@ class Intake:
             payload: the message.
             now: seconds of a clock that only grows.
         """
+        name = name_of(payload)
+        if self._watch.is_poison(name):
+            self._watch.set_aside(sender, name, payload, None)
+            return _unreadable(sender, payload, "it ended the coordinator each time it was read")
+        self._watch.begins(name)
+        try:
+            return self._read(sender, payload, now)
+        except Exception as error:  # noqa: BLE001 - one arrival must not end the coordinator, again and again
+            self._watch.set_aside(sender, name, payload, error)
+            self.assembler.drop(sender)
+            return _unreadable(sender, payload, f"reading it raised {type(error).__name__}")
+        finally:
+            self._watch.ends()
+
+    def _read(self, sender: str, payload: bytes, now: float) -> Arrived | Refused | None:
         counter: Counter = Counter(0)
-        digest: bytes | None = None
+        whole: UpdateChunk | None = None
         try:
             device = device_id(sender)
             chunk = frame.from_frame(payload, UpdateChunk, MAX_CHUNK_FRAME_BYTES)
             _check_bounds(chunk)
-            counter, digest = chunk.counter, chunk.digest
+            counter = chunk.counter
             key = self._key_of(device)
             if key is None:
-                return Refused(device, counter, digest, _not_enrolled(device))
+                return Refused(device, counter, chunk.digest, _not_enrolled(device))
             raw = self.assembler.add(sender, chunk, now)
-            return None if raw is None else self._open(device, key, raw, chunk)
+            if raw is None:
+                return None
+            whole = chunk
+            return self._open(device, key, raw, chunk)
         except WireError as error:
             if isinstance(error, PayloadDamaged | BlobMismatch):
                 digest = None
-            elif digest is None:
-                digest = update_digest(payload)  # not even a chunk: the answer names the message itself
+            else:
+                digest = whole.digest if whole else update_digest(payload)
             return Refused(DeviceId(sender), counter, digest, Rejection(_reason(error), str(error)))
 
     def _open(self, device: DeviceId, key: PublicKey, raw: bytes, chunk: UpdateChunk) -> Arrived | Refused:
@@ -128,6 +154,11 @@ def _check_bounds(chunk: UpdateChunk) -> None:
             f"{chunk.count:,} chunks for {chunk.size_bytes:,} bytes; "
             f"chunks hold at least {_LEAST_CHUNK_BYTES} bytes"
         )
+
+
+def _unreadable(sender: str, payload: bytes, why: str) -> Refused:
+    detail = f"its bytes were kept for the operator: {why}"
+    return Refused(DeviceId(sender), Counter(0), update_digest(payload), Rejection(Reason.UNREADABLE, detail))
 
 
 def _not_enrolled(device: DeviceId) -> Rejection:

@@ -37,6 +37,9 @@ class StatusCollector(Collector):
         for event, count in sorted(status.troubles.items()):
             troubles.add_metric((event,), count)
         yield troubles
+        yield CounterMetricFamily(
+            "fedtide_rollbacks", "Versions that have an earlier one's parameters again.", status.rollbacks
+        )
         federated = status.federated
         gauges = {
             "updates_waiting": (

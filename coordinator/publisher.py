@@ -20,6 +20,7 @@ from fedtide.wire.link import Connection
 from fedtide.wire.messages import BlobRef, CoordinatorState, Head, ModelDelta, Release
 from fedtide.wire.seal import seal
 from fedtide.wire.signatures import COORDINATOR_DOMAIN, HEAD_DOMAIN, SigningKey
+from fedtide.wire.steps import Step, reached
 from fedtide.wire.topics import COORDINATOR, HEAD
 
 
@@ -36,6 +37,7 @@ class Identity:
     """Who publishes: fixed for one run of the coordinator."""
 
     epoch: Epoch
+    run: str
     plan: PlanId
     plan_blob: bytes
     key: SigningKey
@@ -70,7 +72,9 @@ class Publisher:
         version: the last one offered.
         released: the one for inference, where there is a gate. Without a gate it is the one offered.
         training: whether devices shall train.
+        online: whether the coordinator said last that it is there.
         issued: when the last head was made, seconds since 1970.
+        spread_s: what the coordinator's state asks of devices that come back together.
         keyframe_bytes: of the last version offered.
         delta_bytes: of the delta to it from the version before; None where there is none.
     """
@@ -103,10 +107,12 @@ class Publisher:
         self._release_keyframe: tuple[Released, bytes] | None = None
         self.version: Version | None = None
         self.training = True
+        self.online = False
         self.released = released
         self._announced: Version | None = None
         self._announced_release: Released | None = None
         self.issued = 0.0
+        self.spread_s = 0.0
         self.keyframe_bytes: int | None = None
         self.delta_bytes: int | None = None
 
@@ -120,14 +126,17 @@ class Publisher:
         state = CoordinatorState(
             fleet=self._settings.fleet,
             epoch=self._identity.epoch,
+            run=self._identity.run,
             online=online,
             protocol_min=PROTOCOL_VERSION,
             protocol_max=PROTOCOL_VERSION,
+            spread_s=self.spread_s,
         )
         return seal(state, self._identity.key, COORDINATOR_DOMAIN)
 
     async def announce(self, connection: Connection, *, online: bool) -> None:
         """Say whether the coordinator is there."""
+        self.online = online
         topic = COORDINATOR.name(self._settings.fleet)
         await connection.publish(topic, self.state_message(online=online), retain=True)
 
@@ -170,9 +179,11 @@ class Publisher:
         released = self.released
         offer = await self._assembled(version, released, connection.max_packet_bytes)
         await self._shelf.put(connection, offer.contents)
+        reached(Step.BLOBS_PUBLISHED)
         head = self._head(version, offer)
         sealed = seal(head, self._identity.key, HEAD_DOMAIN)
         await connection.publish(HEAD.name(self._settings.fleet), sealed, retain=True)
+        reached(Step.HEAD_PUBLISHED)
         self.issued, self._announced, self._announced_release = head.issued, version, released
         self._catalogue.add(offer.model)
         self._anew = False

@@ -10,39 +10,45 @@ tick       federated release gate, time limits, missing chunks, status, stop con
 import asyncio
 import contextlib
 import logging
-import time
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
-from coordinator import status as status_file
 from coordinator.closed_loop import Version
 from coordinator.committer import Committer, JournalThread
+from coordinator.fence_note import leave_note
+from coordinator.fencing import Claim, Fence, Fenced
+from coordinator.fleet_claim import FleetClaim
 from coordinator.held_out import Evaluate, HeldOutEvaluation, Releases
 from coordinator.intake import Intake
 from coordinator.model_blobs import BlobMaker
 from coordinator.model_store import ModelStore
+from coordinator.overview import Overview
 from coordinator.plan.file import BuiltPlan
 from coordinator.published_versions import PublishedVersions
 from coordinator.publisher import Identity, Publisher, Released
+from coordinator.publishing import Publishing
 from coordinator.reception import Reception
 from coordinator.recovery import Recovered, base_parameters
+from coordinator.rollback_watch import RollbackWatch
 from coordinator.roster import Roster
+from coordinator.set_aside import PoisonWatch
 from coordinator.settings import CoordinatorSettings
-from coordinator.shelf import Shelf
-from coordinator.status import Status, Updates, peak_rss_bytes
+from coordinator.shelf import Shelf, unsynced
+from coordinator.status import Status, StatusFile
 from coordinator.writer import Writer
 from fedtide.wire.clock import SYSTEM_CLOCK, Clock
+from fedtide.wire.ids import Epoch
 from fedtide.wire.link import Dial, LinkDown, PublishRefused
+from fedtide.wire.messages import Head
 from fedtide.wire.plan import seal_plan
 from fedtide.wire.signatures import SigningKey
 
 log = logging.getLogger(__name__)
 
 _TICK_S: Final = 0.25
-_STATUS_EVERY_TICKS: Final = 2
-_PUBLISH_AGAIN_EVERY_TICKS: Final = 8
+_STEER_EVERY_TICKS: Final = 8
 
 
 class CoordinatorService:
@@ -57,7 +63,8 @@ class CoordinatorService:
         dial: makes MQTT connections.
         evaluate: the held-out evaluation, if there is one.
         clock: tells the time.
-        rng: draws the waits between connections; None: one of its own.
+        rng: draws the run's id and the waits between connections; None: one of its own.
+        above: claim an epoch above this one; another run had it that this one takes over from.
 
     Attributes:
         newest_status: as last written; for other threads, which must not look into a running service.
@@ -75,20 +82,22 @@ class CoordinatorService:
         evaluate: Evaluate | None,
         clock: Clock = SYSTEM_CLOCK,
         rng: np.random.Generator | None = None,
+        above: Epoch | None = None,
     ) -> None:
+        rng = rng or np.random.default_rng()
         self._clock = clock
         self._settings = settings
         self._plan = plan.plan
-        self._status_path = directory / "status.json"
+        self._status_file = StatusFile(directory / "status.json", clock)
         self._recovered = recovered
         self._journal_thread = JournalThread()
-        self._new_version = asyncio.Event()
         self._began = self._clock.now()
         self._stop_reason: str | None = None
-        self._published_at = float("-inf")
-        self._publishing = asyncio.Lock()  # the last version may come while the one before is on its way
-        self._roster = Roster(directory / "roster", settings.max_devices)
-        self._epoch = recovered.journal.next_epoch()
+        self._roster = Roster(directory / "roster", settings.max_devices, clock.now)
+        self._state_directory = directory / "state"
+        self._epoch = recovered.journal.next_epoch(above)
+        run = rng.bytes(8).hex()
+        watch = PoisonWatch(self._state_directory)
         bases = base_parameters(recovered.models, plan)
         self._writer = Writer(
             settings,
@@ -97,6 +106,7 @@ class CoordinatorService:
             state=recovered.state,
             marks=recovered.journal.marks(),
             bases=bases,
+            watch=watch,
         )
         self._versions = PublishedVersions(
             settings, self._plan.manifest.schema, recovered.models, recovered.journal, clock.wall
@@ -109,19 +119,31 @@ class CoordinatorService:
             journal_thread=self._journal_thread,
             key=key,
             clock=clock,
+            epoch=self._epoch,
             on_version=self._on_version,
         )
-        identity = Identity(self._epoch, self._plan.id, seal_plan(self._plan, key), key)
+        identity = Identity(self._epoch, run, self._plan.id, seal_plan(self._plan, key), key)
         self._publisher = Publisher(
             settings,
             identity,
             self._remember,
             clock.wall,
             maker=BlobMaker(settings.publish, self._plan.manifest.schema, self._versions.earlier),
-            shelf=Shelf(settings.fleet, recovered.shelf_file),
+            shelf=Shelf(settings.fleet, recovered.shelf_file, unsynced(recovered.disk)),
             parent=self._versions.newest.fingerprint if self._versions.newest else bytes(32),
             released=_released_before(recovered.models) if settings.release else None,
-            on_version=self._wake_evaluation,
+            on_version=self._on_offer,
+        )
+        self._publishing = Publishing(
+            settings.publish,
+            committer=self.committer,
+            writer=self._writer,
+            versions=self._versions,
+            publisher=self._publisher,
+            journal=recovered.journal,
+            journal_thread=self._journal_thread,
+            connection=lambda: self._reception.connection,
+            clock=clock,
         )
         self._releases = Releases(
             settings,
@@ -129,7 +151,7 @@ class CoordinatorService:
             models=recovered.models,
             journal_thread=self._journal_thread,
             publisher=self._publisher,
-            on_release=self._new_version.set,
+            on_release=self._publishing.wake,
         )
         self._held_out = HeldOutEvaluation(
             settings,
@@ -139,19 +161,49 @@ class CoordinatorService:
             journal=recovered.journal,
             journal_thread=self._journal_thread,
             releases=self._releases,
+            rollback=RollbackWatch(
+                settings.rollback,
+                committer=self.committer,
+                writer=self._writer,
+                models=recovered.models,
+                journal=recovered.journal,
+            ),
             clock=clock,
         )
         self._reception = Reception(
             settings,
-            intake=Intake(self._plan.manifest.schema, self._roster.key, settings.update.max_partial_bytes),
+            intake=Intake(
+                self._plan.manifest.schema, self._roster.key, settings.update.max_partial_bytes, watch
+            ),
             roster=self._roster,
             committer=self.committer,
             publisher=self._publisher,
             pending=directory / "pending",
             dial=dial,
             clock=clock,
-            rng=rng or np.random.default_rng(),
-            on_connected=self._new_version.set,
+            rng=rng,
+            on_connected=self._publishing.wake,
+            claim=FleetClaim(
+                settings.fleet,
+                run,
+                key.public,
+                fence=Fence(settings.fleet, key.public, Claim(self._epoch, run)),
+                publisher=self._publisher,
+                on_head=self._on_head,
+            ),
+        )
+        self._overview = Overview(
+            settings,
+            identity=identity,
+            manifest=self._plan.manifest,
+            roster=self._roster,
+            writer=self._writer,
+            committer=self.committer,
+            publisher=self._publisher,
+            releases=self._releases,
+            held_out=self._held_out,
+            reception=self._reception,
+            clock=clock,
         )
         self.newest_status = self.status("starting")
 
@@ -165,11 +217,11 @@ class CoordinatorService:
             self._settings.fleet, self._epoch, self._writer.state.version, self._recovered.replayed,
             extra={"event": "coordinator.started"},
         )  # fmt: skip
-        self._on_version()
+        self._publishing.wake()
         committing = asyncio.create_task(self.committer.run(), name="coordinator.committer")
         work = {
             "reception": self._reception.run(),
-            "publish": self._publish(),
+            "publish": self._publishing.run(),
             "evaluate": self._held_out.run(),
             "tick": self._tick(),
         }
@@ -181,6 +233,9 @@ class CoordinatorService:
             await self._finish(committing)
         except asyncio.CancelledError:
             await self._leave(committing)
+        except Fenced as fenced:
+            leave_note(self._state_directory, fenced, self._recovered.disk)
+            raise
         finally:
             for task in (committing, *running):
                 task.cancel()
@@ -190,51 +245,21 @@ class CoordinatorService:
         return self._stop_reason
 
     def _on_version(self) -> None:
-        self._new_version.set()
+        self._publishing.wake()
 
-    def _wake_evaluation(self) -> None:
+    def _on_offer(self) -> None:
         self._held_out.wake()
 
-    async def _publish(self) -> None:
-        pace = self._settings.publish
-        while True:
-            await self._new_version.wait()
-            self._new_version.clear()
-            await asyncio.sleep(self._published_at + pace.min_interval_s - self._clock.now())
-            await self._publish_newest(pace.every_versions)
-
-    async def _publish_newest(self, every_versions: int) -> None:
-        async with self._publishing:
-            await self._make_and_publish(every_versions)
-
-    async def _make_and_publish(self, every_versions: int) -> None:
-        connection, state = self._reception.connection, self.committer.committed
-        newest = self._publisher.version
-        due = newest is None or state.version - newest.number >= every_versions
-        if due and not np.isfinite(state.parameters).all():
-            log.error("Version %d is not finite and is not published", state.version,
-                      extra={"event": "version.not_finite"})  # fmt: skip
-            due = False
-        if connection is None or not (due or self._publisher.has_news):
-            return
-        self._published_at = self._clock.now()
-        try:
-            if due:
-                # Not in the journal's thread: the commits of updates would wait for it.
-                version = await asyncio.to_thread(self._versions.make, state.version, state.parameters)
-                await self._publisher.publish(connection, version)
-            else:
-                await self._publisher.renew(connection, everything=False)
-        except (LinkDown, PublishRefused) as error:
-            log.warning("Publishing stopped: %s", error, extra={"event": "publish.interrupted"})
-
     async def _remember(self, version: Version) -> None:
-        """Make a version's file and fingerprint durable before any device sees it."""
-        keep, published = self._settings.publish.keep_versions, self._writer.published
-        for old in sorted({*published, version.number})[:-keep]:
-            published.pop(old, None)  # before its file goes, which an update based on it would need
-        await self._journal_thread.run(lambda: self._versions.save(version))
-        published[version.number] = version.fingerprint
+        await self._publishing.remember(version)
+
+    async def _on_head(self, head: Head) -> None:
+        """Devices ignore versions below one that they have run, whichever run offered that."""
+        mine = self._recovered.journal.ledger.published.get(head.version)
+        is_ours = mine is not None and mine.fingerprint == head.parameters_sha256
+        if head.version >= self._writer.state.version and not is_ours:
+            why = f"another run of the coordinator offered version {head.version}"
+            await self.committer.reset(why, above=head.version)
 
     async def _tick(self) -> None:
         ticks = 0
@@ -243,24 +268,13 @@ class CoordinatorService:
             ticks += 1
             self.committer.tick()
             await self._reception.ask_for_missing(self._settings.update.missing_after_s)
-            await self._renew_head()
+            await self._publishing.tick()
             await self._releases.consider_federated(self._reception.view.evaluations)
             self._stop_reason = self._stop_condition()
-            if ticks % _STATUS_EVERY_TICKS == 0:
+            if ticks % _STEER_EVERY_TICKS == 0:
+                await self._reception.steer()
+            if self._status_file.is_due:
                 self._write_status("running")
-            if ticks % _PUBLISH_AGAIN_EVERY_TICKS == 0 and self._publisher.has_news:
-                self._new_version.set()  # the broker refused it, or was lost before it took it
-
-    async def _renew_head(self) -> None:
-        connection = self._reception.connection
-        half_life_s = self._settings.publish.head_lifetime_s / 2
-        if (
-            connection
-            and self._publisher.version
-            and self._clock.wall() - self._publisher.issued > half_life_s
-        ):
-            with contextlib.suppress(LinkDown, PublishRefused):
-                await self._publisher.renew(connection, everything=False)
 
     def _stop_condition(self) -> str | None:
         stop = self._settings.stop
@@ -282,7 +296,7 @@ class CoordinatorService:
         self._publisher.training = False
         self.committer.finish()
         await committing
-        await self._publish_newest(every_versions=1)
+        await self._publishing.publish_newest()
         await self._held_out.evaluate_newest()
         connection = self._reception.connection
         if connection is not None:
@@ -303,55 +317,11 @@ class CoordinatorService:
             await connection.close()
 
     def _write_status(self, state: str) -> None:
-        self.newest_status = self.status(state)
-        status_file.write(self._status_path, self.newest_status)
+        self.newest_status = self._status_file.write(lambda: self.status(state))
 
     def status(self, state: str) -> Status:
         """The coordinator at this moment."""
-        accounting = self.committer.accounting
-        connection, published, model = self._reception.connection, self._publisher.version, self._writer.state
-        view, devices = self._reception.view, list(self._roster.devices())
-        return Status(
-            fleet=self._settings.fleet,
-            plan=self._plan.id,
-            epoch=self._epoch,
-            state=state,
-            stop_reason=self._stop_reason,
-            moment=self._clock.wall(),
-            seconds=self._clock.now() - self._began,
-            connected=connection is not None,
-            mqtt_version=connection.mqtt_version if connection else None,
-            version=model.version,
-            published_version=published.number if published else None,
-            buffered=model.buffer.count,
-            goal=self._settings.aggregator.goal,
-            updates=Updates(
-                received=accounting.received,
-                applied=accounting.applied,
-                duplicate=accounting.duplicate,
-                rejected={reason.value: count for reason, count in accounting.rejected.items()},
-                waiting=accounting.waiting,
-            ),
-            ignored_messages=view.malformed,
-            staleness=dict(self.committer.staleness),
-            evaluations=tuple(self._held_out.points),
-            parameters=self._plan.manifest.schema.size,
-            metric=self._plan.manifest.metric,
-            devices=view.statuses(devices, self._writer.marks),
-            cpu_seconds=time.process_time(),
-            rss_bytes=peak_rss_bytes(),
-            released_version=self._releases.version,
-            release_gate=self._releases.sentence,
-            federated=view.evaluations.current(
-                devices, published.number, self._settings.federated.max_age_versions
-            )
-            if published
-            else None,
-            federated_history=view.evaluations.by_version(),
-            keyframe_bytes=self._publisher.keyframe_bytes,
-            delta_bytes=self._publisher.delta_bytes,
-            troubles=dict(view.trouble_counts),
-        )
+        return self._overview.status(state, self._stop_reason)
 
 
 def _released_before(models: ModelStore) -> Released | None:

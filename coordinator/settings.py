@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from coordinator.aggregation import Aggregator, FedBuff
+from coordinator.rollback import Rollback
 from coordinator.server_optimizers import SGD, ServerOptimizer
 from coordinator.staleness import Polynomial, StalenessPolicy
 from fedtide.wire import codecs, ids
@@ -132,11 +133,18 @@ class Journal(Table, frozen=True, kw_only=True):
 
     Attributes:
         snapshot_every_updates: a snapshot at least every so many journal entries bounds recovery time.
+        snapshot_every_bytes: and at least every so many bytes, or as many as a snapshot itself takes.
+        keep_bytes: the oldest segments and their snapshots are removed when all of them take more than this,
+            but never what belongs to the last two snapshots.
         max_batch: entries per group commit.
+        max_batch_bytes: of the updates in one, unless it is a single larger one; no more wait for their turn.
     """
 
     snapshot_every_updates: Count = 1000
+    snapshot_every_bytes: Annotated[int, Meta(ge=1 << 16, le=256 << 20)] = 64 << 20
+    keep_bytes: Count = 4 << 30
     max_batch: Count = 256
+    max_batch_bytes: Count = 64 << 20
 
 
 class Later(Table, frozen=True, kw_only=True):
@@ -203,6 +211,43 @@ class Update(Table, frozen=True, kw_only=True):
         return CodecRequest(id=self.codec, parameters=parameters)
 
 
+class Pacing(Table, frozen=True, kw_only=True):
+    """How far apart devices are told to send, once there are many of them. See ``coordinator.pace``.
+
+    Attributes:
+        at_once: so many updates may come at one moment: what the broker has under way to us or queues. Fleets
+            of fewer devices are never told to wait.
+        share: of what is sustained, as measured; the rest is for what the measurement does not see.
+        at_first_per_s: updates per second taken to be sustained before anything was measured.
+        least_per_s: never less, whatever was measured.
+        most_per_s: never more; where the broker is far away, what the line carries.
+        longest_s: no device is told to wait longer.
+    """
+
+    at_once: Count = 32
+    share: Annotated[float, Meta(gt=0, le=1)] = 0.5
+    at_first_per_s: Positive = 200.0
+    least_per_s: Positive = 10.0
+    most_per_s: Positive = 5_000.0
+    longest_s: Positive = 600.0
+
+
+class Share(Table, frozen=True, kw_only=True):
+    """How many messages one device may send; what is over is dropped unread. See ``coordinator.shares``.
+
+    A small update is one message, a large one as many as it has chunks; presence and events have a share of
+    the same size to themselves. An agent waits for the receipt of an update before it sends the next, and so
+    stays far below.
+
+    Attributes:
+        messages_per_s: in the long run.
+        burst_messages: at once, after a pause.
+    """
+
+    messages_per_s: Positive = 50.0
+    burst_messages: Count = 1_000
+
+
 class Metrics(Table, frozen=True, kw_only=True):
     """The Prometheus endpoint.
 
@@ -228,7 +273,10 @@ class CoordinatorSettings(Table, frozen=True, kw_only=True):
         flush_after_s: a partly full buffer is aggregated after this long; None: only when it is full.
         publish: pacing.
         update: what is asked of updates.
+        pacing: how far apart devices are told to send.
+        share: how many messages one device may send.
         evaluation: held-out evaluation; None: no evaluation.
+        rollback: which held-out results lead back to an earlier version; None: none does.
         federated: the metric of the devices' own held-out examples.
         release: what a version must pass to be released for inference; None: every published version is.
         stop: when to stop.
@@ -248,7 +296,10 @@ class CoordinatorSettings(Table, frozen=True, kw_only=True):
     flush_after_s: Positive | None = 60.0
     publish: Publish = Publish()
     update: Update = Update()
+    pacing: Pacing = Pacing()
+    share: Share = Share()
     evaluation: Evaluation | None = None
+    rollback: Rollback | None = None
     federated: Federated = Federated()
     release: ReleaseGate | None = None
     stop: Stop = Stop()
@@ -265,6 +316,8 @@ class CoordinatorSettings(Table, frozen=True, kw_only=True):
             raise ValueError(str(error)) from error
         if self.release is not None and self.release.on == "held-out" and self.evaluation is None:
             raise ValueError('release on "held-out" needs an [evaluation] table with held-out examples')
+        if self.rollback is not None and self.evaluation is None:
+            raise ValueError("[rollback] needs an [evaluation] table with held-out examples")
 
 
 class Rules(msgspec.Struct, frozen=True, kw_only=True):

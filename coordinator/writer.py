@@ -8,27 +8,36 @@ process, and if the commit fails the process ends and the journal is the truth.
 from collections import Counter as Tally
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
+import msgspec
 import numpy as np
 
-from coordinator.accounting import APPLIED, DUPLICATE, REJECTED
+from coordinator.accounting import DUPLICATE, REJECTED
 from coordinator.admission import Admitted, Rejection, Terms, admit
-from coordinator.entries import Entry, FlushEntry, UpdateEntry
+from coordinator.entries import FlushEntry, ResetEntry, UpdateEntry
 from coordinator.intake import Arrived, Refused
-from coordinator.journal import Batch
+from coordinator.journal.facts import Batch, Counted, Record, Rejected
 from coordinator.marks import Mark, Standing, after_applied, after_rejected, standing
-from coordinator.model_state import ModelState, close_buffer, fold_update
+from coordinator.model_state import ModelState, close_buffer, fold_update, reset_state
+from coordinator.poison import UNWATCHED, Watch
 from coordinator.replay import Bases
+from coordinator.rollback import Contributors, Rollbacks
 from coordinator.settings import CoordinatorSettings
+from coordinator.status import RolledBack
 from fedtide.wire import codecs
 from fedtide.wire.codecs.base import NotFinite, WrongLength
 from fedtide.wire.envelope import UpdateHeader
 from fedtide.wire.errors import MalformedPayload
 from fedtide.wire.ids import Counter, DeviceId, ModelVersion, PlanId
 from fedtide.wire.messages import Reason, Receipt, Verdict
-from fedtide.wire.parameters import Schema
+from fedtide.wire.parameters import Schema, Vector, to_bytes
 
-_ENROL_FIRST_S = 10.0  # a device that is not enrolled yet keeps its update and asks again after this long
+_WAITS_S: Final[dict[Reason | None, float]] = {
+    Reason.UNKNOWN_DEVICE: 10.0,  # a device that is not enrolled yet keeps its update and asks again
+    Reason.TOO_MANY: 60.0,
+}
+"""How long the sender shall wait, where that depends on what was wrong."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +54,9 @@ class Judged:
 class _Draft:
     """A batch being made."""
 
-    entries: list[Entry] = field(default_factory=list)
-    marks: dict[DeviceId, Mark] = field(default_factory=dict)
-    totals: Tally[str] = field(default_factory=Tally)
+    records: list[Record] = field(default_factory=list)
+    counted: Tally[str] = field(default_factory=Tally)
+    """Fates that move no mark."""
     staleness: list[int] = field(default_factory=list)
 
 
@@ -58,7 +67,10 @@ class Writer:
         state: the global model, ahead of the journal by at most the batch that is being committed.
         marks: by device.
         published: fingerprints of the versions an update may start from.
+        line_since: version of the last reset in this run, committed or not; 0 before there was one.
         stopped: whether the run is over.
+        contributors: whose updates are in which version.
+        rollbacks: of this run.
     """
 
     def __init__(
@@ -70,15 +82,20 @@ class Writer:
         state: ModelState,
         marks: dict[DeviceId, Mark],
         bases: Bases,
+        watch: Watch = UNWATCHED,
     ) -> None:
         self.state = state
         self.marks = marks
         self.published: dict[ModelVersion, bytes] = {}
+        self.line_since = ModelVersion(0)
         self.stopped = False
+        self.contributors = Contributors()
+        self.rollbacks = Rollbacks()
         self._settings = settings
         self._plan = plan
         self._schema = schema
         self._bases = bases
+        self._watch = watch
         self._scratch = np.empty(schema.size, np.float32)
 
     def judge(self, arrivals: Sequence[Arrived | Refused]) -> Judged:
@@ -88,17 +105,30 @@ class Writer:
             self._refuse(arrival, draft) if isinstance(arrival, Refused) else self._judge(arrival, draft)
             for arrival in arrivals
         ]
-        batch = Batch(draft.entries, tuple(draft.marks.values()), dict(draft.totals))
-        return Judged(batch, receipts, draft.staleness)
+        counted = [Counted(fate, number) for fate, number in draft.counted.items()]
+        return Judged(Batch([*draft.records, *counted]), receipts, draft.staleness)
 
     def flush(self) -> Batch:
         """Close a partly full buffer: the time limit has passed."""
-        self.state = close_buffer(self.state)
+        self._go_on(close_buffer(self.state))
         return Batch([FlushEntry()])
+
+    def reset(self, version: ModelVersion, parameters: Vector, why: str) -> Batch:
+        """Go on from other parameters of this plan; updates that started from an older version are refused.
+
+        Args:
+            version: their number, above every version that devices were offered.
+            parameters: float32, shape ``(schema.size,)``.
+            why: for people.
+        """
+        self.state = reset_state(self.state, version, parameters)
+        self.published.clear()
+        self.line_since = version
+        return Batch([ResetEntry(self._plan, self._schema, version, to_bytes(parameters), why)])
 
     def _refuse(self, refused: Refused, draft: _Draft) -> Receipt | None:
         """Count only: an unverified sender must not move a device's mark."""
-        draft.totals[REJECTED + refused.rejection.reason] += 1
+        draft.counted[REJECTED + refused.rejection.reason] += 1
         if refused.digest is None:
             return None
         return self._receipt(
@@ -114,17 +144,18 @@ class Writer:
                 verdict = Verdict.REJECTED if rejection else Verdict.APPLIED
             case Standing.OVERTAKEN:
                 rejection = _overtaken(header, mark)
-                draft.totals[REJECTED + rejection.reason] += 1
+                draft.counted[REJECTED + rejection.reason] += 1
                 verdict = Verdict.REJECTED
             case Standing.LATEST if mark and mark.reason:
                 rejection = Rejection(mark.reason, mark.detail)
-                draft.totals[DUPLICATE] += 1
+                draft.counted[DUPLICATE] += 1
                 verdict = Verdict.REJECTED
             case _:
                 rejection = None
-                draft.totals[DUPLICATE] += 1
+                draft.counted[DUPLICATE] += 1
                 verdict = Verdict.DUPLICATE
-        return self._receipt(header.device, header.counter, arrived.digest, verdict, rejection)
+        receipt = self._receipt(header.device, header.counter, arrived.digest, verdict, rejection)
+        return msgspec.structs.replace(receipt, highest=self.marks[header.device].counter)
 
     def _apply(self, arrived: Arrived, mark: Mark | None, draft: _Draft) -> Rejection | None:
         header = arrived.envelope.header
@@ -136,25 +167,56 @@ class Writer:
                 return None
         else:
             rejection = admitted
-        draft.totals[REJECTED + rejection.reason] += 1
-        moved = after_rejected(mark, header.device, header.counter, rejection.reason, rejection.detail)
-        self.marks[header.device] = draft.marks[header.device] = moved
+        fact = Rejected(header.device, header.counter, rejection.reason, rejection.detail)
+        draft.records.append(fact)
+        self.marks[header.device] = after_rejected(
+            mark, fact.device, fact.counter, fact.reason, fact.detail
+        )
         return rejection
 
     def _fold(self, arrived: Arrived, admitted: Admitted) -> Rejection | None:
         header = arrived.envelope.header
+        if self._watch.is_poison(arrived.digest):
+            self._watch.set_aside(header.device, arrived.digest, arrived.raw, None)
+            return _unreadable("it ended the coordinator each time it was read")
+        self._watch.begins(arrived.digest)
         try:
             delta = codecs.get(header.codec).decode(arrived.envelope.payload, self._schema, out=self._scratch)
         except MalformedPayload as error:
+            self._watch.ends()
             return Rejection(_payload_reason(error), str(error))
+        except Exception as error:  # noqa: BLE001 - nothing is folded yet: this one is left, the others count
+            self._watch.ends()
+            self._watch.set_aside(header.device, arrived.digest, arrived.raw, error)
+            return _unreadable(f"decoding it raised {type(error).__name__}")
         needs_base = self.state.rules.aggregator.needs_base
-        base = self._bases(header.base_version) if needs_base else None
-        self.state = fold_update(self.state, delta, admitted.staleness_weight, admitted.importance, base)
+        try:
+            base = self._bases(header.base_version) if needs_base else None
+        except FileNotFoundError:
+            self._watch.ends()
+            detail = f"trained on version {header.base_version}, whose parameters are no longer kept"
+            return Rejection(Reason.UNKNOWN_BASE, detail)
+        # What fails from here on ends the coordinator, with the note that this was being read.
+        self.contributors.note(ModelVersion(self.state.version + 1), header.device)
+        self._go_on(
+            fold_update(self.state, delta, admitted.staleness_weight, admitted.importance, base)
+        )
+        self._watch.ends()
         return None
+
+    def _go_on(self, state: ModelState) -> None:
+        """Take the next state, and note when its version is the one before again."""
+        before, self.state = self.state, state
+        if state.version > before.version and state.parameters is before.parameters:
+            devices = tuple(self.contributors.between(before.version, state.version))
+            why = f"Version {state.version} would not have been finite"
+            self.rollbacks.note(
+                RolledBack(version=state.version, good=before.version, why=why, devices=devices)
+            )
 
     def _note_applied(self, arrived: Arrived, admitted: Admitted, mark: Mark | None, draft: _Draft) -> None:
         header = arrived.envelope.header
-        draft.entries.append(
+        draft.records.append(
             UpdateEntry(
                 header.device,
                 header.counter,
@@ -162,13 +224,14 @@ class Writer:
                 admitted.staleness_weight,
                 admitted.importance,
                 arrived.raw,
+                admitted.staleness,
             )
         )
-        draft.totals[APPLIED] += 1
         draft.staleness.append(admitted.staleness)
         weight = admitted.staleness_weight * admitted.importance
-        moved = after_applied(mark, header.device, header.counter, admitted.staleness, weight)
-        self.marks[header.device] = draft.marks[header.device] = moved
+        self.marks[header.device] = after_applied(
+            mark, header.device, header.counter, admitted.staleness, weight
+        )
 
     def _terms(self) -> Terms:
         return Terms(self._settings.fleet, self._plan, self.state.version, self.published, self.stopped)
@@ -182,7 +245,6 @@ class Writer:
         rejection: Rejection | None,
     ) -> Receipt:
         reason = rejection.reason if rejection else None
-        wait_s = _ENROL_FIRST_S if reason is Reason.UNKNOWN_DEVICE else self._settings.update.retry_after_s
         return Receipt(
             device=device,
             counter=counter,
@@ -191,7 +253,7 @@ class Writer:
             reason=reason,
             detail=rejection.detail if rejection else "",
             version=self.state.version,
-            retry_after_s=wait_s,
+            retry_after_s=_WAITS_S.get(reason, self._settings.update.retry_after_s),
         )
 
 
@@ -201,6 +263,10 @@ def _overtaken(header: UpdateHeader, mark: Mark | None) -> Rejection:
         Reason.REPLAYED_COUNTER,
         f"counter {header.counter} comes after counter {newest} of the same device; counters only grow",
     )
+
+
+def _unreadable(why: str) -> Rejection:
+    return Rejection(Reason.UNREADABLE, f"its bytes were kept for the operator: {why}")
 
 
 def _payload_reason(error: MalformedPayload) -> Reason:

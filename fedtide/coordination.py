@@ -1,5 +1,7 @@
 """Making a coordinator from a fleet's directory. Needs the ``coordinator`` extra, but not torch."""
 
+from coordinator.fence_note import noted, remove_note
+from coordinator.fencing import Fenced
 from coordinator.held_out import Evaluate, EvaluationFailed
 from coordinator.metrics import serve_metrics
 from coordinator.plan.file import BuiltPlan, load
@@ -16,11 +18,18 @@ from fedtide.wire.parameters import Vector
 
 
 def open_coordinator(
-    directory: FleetDirectory, settings: CoordinatorSettings, traffic: Traffic
+    directory: FleetDirectory, settings: CoordinatorSettings, traffic: Traffic, *, take_over: bool = False
 ) -> tuple[CoordinatorService, Recovered]:
     """Recover the fleet's state and put a service around it. Close what was recovered after its run.
 
+    Args:
+        directory: the fleet's.
+        settings: the coordinator's.
+        traffic: counts messages.
+        take_over: go on although the last run here gave way to another run of the coordinator.
+
     Raises:
+        Fenced: the last run here gave way.
         FileNotFoundError, DamagedPlanFile: there is no usable plan.
         AlreadyRunning, JournalDamaged, ReplayMismatch: the state cannot be used.
         DataError: the held-out examples do not fit the plan.
@@ -31,6 +40,10 @@ def open_coordinator(
     key = directory.key()
     evaluate = held_out_evaluation(settings, plan)
     recovered = recover(directory.state, settings, plan)
+    rival = noted(directory.state, recovered.disk)
+    if rival is not None and not take_over:
+        recovered.close()
+        raise Fenced(rival, recovered.journal.ledger.epoch)
     service = CoordinatorService(
         settings,
         plan=plan,
@@ -39,17 +52,22 @@ def open_coordinator(
         recovered=recovered,
         dial=MqttDialler(settings.broker, traffic),
         evaluate=evaluate,
+        above=rival.epoch if rival is not None else None,
     )
+    if rival is not None:
+        remove_note(directory.state, recovered.disk)  # a higher epoch than the other's is claimed
     return service, recovered
 
 
-async def serve(directory: FleetDirectory, settings: CoordinatorSettings) -> str | None:
+async def serve(
+    directory: FleetDirectory, settings: CoordinatorSettings, *, take_over: bool = False
+) -> str | None:
     """Run the coordinator; the stop condition that held, or None after a signal.
 
     Raises:
-        As :func:`open_coordinator`.
+        As :func:`open_coordinator`; Fenced also when another run of the coordinator has the fleet now.
     """
-    service, recovered = open_coordinator(directory, settings, Traffic())
+    service, recovered = open_coordinator(directory, settings, Traffic(), take_over=take_over)
     stop_metrics = (
         serve_metrics(settings.metrics, lambda: service.newest_status) if settings.metrics else None
     )

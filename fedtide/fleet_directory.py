@@ -206,6 +206,10 @@ codec = {codec:<24} # {codecs}
 # metric_at_least = 0.95         # or metric_at_most, loss_at_most
 # min_devices = 3                # of a federated gate
 
+# [rollback]                     # which held-out results lead back to the last good version
+# loss_factor = 2.0              # of the lowest loss so far; or metric_drop, metric_rise
+# patience = 2                   # so many in a row; a loss that is not finite leads back at once
+
 # [federated]                    # the mean of what devices find on the examples they hold out
 # max_age_versions = 20
 

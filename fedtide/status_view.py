@@ -9,7 +9,7 @@ from rich.text import Text
 from coordinator.status import DeviceStatus, Status
 
 _BARS = "▁▂▃▄▅▆▇█"
-_STALE_STATUS_S = 5.0
+_LATE_S = 5.0
 _SHOWN_DEVICES = 40
 
 
@@ -19,6 +19,7 @@ def fleet_view(status: Status, now: float) -> RenderableType:
         headline(status, now),
         *evaluation_lines(status),
         release_line(status),
+        *rollback_lines(status),
         accounting_line(status),
         device_table(status),
     )
@@ -28,7 +29,7 @@ def headline(status: Status, now: float) -> Text:
     """Fleet, state and version."""
     age_s = now - status.moment
     state = status.state
-    if state == "running" and age_s > _STALE_STATUS_S:
+    if state == "running" and age_s > status.interval_s + _LATE_S:
         state = f"silent for {age_s:.0f} s"
     link = f"MQTT {status.mqtt_version}" if status.connected else "no broker"
     text = Text.assemble(
@@ -74,6 +75,14 @@ def release_line(status: Status) -> Text:
         return Text(f"released: no version yet{gate}")
     why = f"it passed {status.release_gate}" if status.release_gate else "every one is, no gate is set"
     return Text(f"released: version {status.released_version} ({why})")
+
+
+def rollback_lines(status: Status) -> Iterable[Text]:
+    """How often the model went back to an earlier version, and why it did last; nothing if it never did."""
+    last = status.last_rollback
+    if last is not None:
+        text = f"rolled back {_many(status.rollbacks, 'time')}, last to version {last.good}: {last.why}"
+        yield Text(text, "red")
 
 
 def accounting_line(status: Status) -> Text:

@@ -26,6 +26,7 @@ _COMMANDS: Final = {
     "coordinator": _Command("coordinator", "coordinator", "Run the coordinator."),
     "enrol": _Command("fleet", "coordinator", "Accept a device into the fleet."),
     "status": _Command("status", "coordinator", "Show the fleet once."),
+    "journal": _Command("journal", "coordinator", "Verify, replay, repair and export the journal."),
     "watch": _Command("status", "coordinator", "Show the fleet until Ctrl-C."),
     "agent": _Command("agent", "", "Set up and run the edge agent of a device."),
 }

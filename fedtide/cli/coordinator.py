@@ -24,9 +24,14 @@ def coordinator() -> None:
     "--open", "open_enrolment", is_flag=True, help="Accept the first key any device shows. For trials."
 )
 @click.option("--check", "only_check", is_flag=True, help="Check the settings and the plan, then exit.")
+@click.option(
+    "--take-over", is_flag=True, help="Go on in this directory although another coordinator had the fleet."
+)
 @click.option("--json-logs", is_flag=True, help="Logs as JSON lines.")
 @click.option("--verbose", is_flag=True, help="Logs with more detail.")
-def run(path: Path, *, open_enrolment: bool, only_check: bool, json_logs: bool, verbose: bool) -> None:
+def run(
+    path: Path, *, open_enrolment: bool, only_check: bool, take_over: bool, json_logs: bool, verbose: bool
+) -> None:
     """Run the coordinator of the fleet in a directory until it is stopped.
 
     \b
@@ -48,7 +53,7 @@ def run(path: Path, *, open_enrolment: bool, only_check: bool, json_logs: bool, 
     if settings.open_enrolment:
         click.secho("Open enrolment: every device that shows itself is accepted. For trials only.",
                     fg="yellow", err=True)  # fmt: skip
-    reason = run_until_signalled(serve(directory, settings))
+    reason = run_until_signalled(serve(directory, settings, take_over=take_over))
     if reason:
         click.echo(f"Stopped: {reason}.", err=True)
     sys.exit(0)

@@ -105,8 +105,14 @@ class PartialUpdate:
 
     def missing(self) -> tuple[int, ...]:
         """Indexes that have not arrived, the first 256: how many there are is only the sender's claim."""
-        absent = (index for index in range(self.first.count) if index not in self.chunks)
-        return tuple(islice(absent, _MOST_MISSING))
+        return self._absent(self.first.count)
+
+    def gaps(self) -> tuple[int, ...]:
+        """Those of them that a later chunk has overtaken, so that they are no longer on their way."""
+        return self._absent(max(self.chunks))
+
+    def _absent(self, end: int) -> tuple[int, ...]:
+        return tuple(islice((index for index in range(end) if index not in self.chunks), _MOST_MISSING))
 
 
 class Assembler:
@@ -136,7 +142,7 @@ class Assembler:
         Raises:
             FrameTooLarge: the envelope would be larger than accepted.
             MalformedFrame: a size or a hash that no blob has.
-            BlobMismatch: all chunks are here and are not the announced bytes.
+            BlobMismatch: the chunks that are here are not the announced bytes; nobody knows which one is wrong.
         """
         if chunk.size_bytes > self._max_envelope_bytes:
             raise FrameTooLarge(chunk.size_bytes, self._max_envelope_bytes)
@@ -155,7 +161,7 @@ class Assembler:
         partial.touched, partial.asked = now, 0
         if partial.size_bytes > chunk.size_bytes:
             self.drop(sender)
-            raise MalformedFrame(f"chunks add up to more than the announced {chunk.size_bytes:,} bytes")
+            raise BlobMismatch(f"chunks add up to more than the announced {chunk.size_bytes:,} bytes")
         if len(partial.chunks) < chunk.count:
             self._make_room(keep=sender)
             return None

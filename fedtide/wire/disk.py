@@ -7,6 +7,7 @@ until the directory is synced. A power cut may keep, drop or tear each thing tha
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -78,23 +79,37 @@ def write_durably(disk: Disk, path: Path, content: bytes) -> None:
     disk.sync_directory(path.parent)
 
 
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Have errors say of which file they are; those of a descriptor do not by themselves."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 class _OsLog:
     """A descriptor that appends."""
 
     def __init__(self, path: Path, *, sync: bool) -> None:
+        self._path = path
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self._sync = sync
 
     def append(self, content: bytes) -> None:
         """See ``Log.append``."""
         left = memoryview(content)
-        while left:
-            left = left[os.write(self._descriptor, left) :]
+        with _named(self._path):
+            while left:
+                left = left[os.write(self._descriptor, left) :]
 
     def sync(self) -> None:
         """See ``Log.sync``."""
         if self._sync:
-            os.fdatasync(self._descriptor)
+            with _named(self._path):
+                os.fdatasync(self._descriptor)
 
     def close(self) -> None:
         """See ``Log.close``."""
@@ -113,7 +128,7 @@ class OsDisk:
 
     def read(self, path: Path, start: int = 0, length: int | None = None) -> bytes:
         """See ``Disk.read``."""
-        with path.open("rb") as file:
+        with _named(path), path.open("rb") as file:
             file.seek(start)
             return file.read(length)
 
@@ -138,7 +153,7 @@ class OsDisk:
 
     def write(self, path: Path, content: bytes) -> None:
         """See ``Disk.write``."""
-        with path.open("wb") as file:
+        with _named(path), path.open("wb") as file:
             file.write(content)
             if self._sync:
                 file.flush()
@@ -150,7 +165,7 @@ class OsDisk:
 
     def truncate(self, path: Path, size_bytes: int) -> None:
         """See ``Disk.truncate``."""
-        with path.open("r+b") as file:
+        with _named(path), path.open("r+b") as file:
             file.truncate(size_bytes)
             if self._sync:
                 os.fsync(file.fileno())
@@ -173,7 +188,8 @@ class OsDisk:
             return
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            os.fsync(descriptor)
+            with _named(directory):
+                os.fsync(descriptor)
         finally:
             os.close(descriptor)
 

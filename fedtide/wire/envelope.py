@@ -20,9 +20,7 @@ from fedtide.wire.frame import Message
 from fedtide.wire.ids import Counter, DeviceId, FleetId, ModelVersion, PlanId
 from fedtide.wire.signatures import SIGNATURE_BYTES, UPDATE_DOMAIN, PublicKey, SigningKey
 
-U64 = Annotated[
-    int, Meta(ge=0, le=2**63 - 1)
-]  # an unsigned 64-bit counter that SQLite's signed integers can hold
+U64 = Annotated[int, Meta(ge=0, le=2**63 - 1)]  # a counter that signed 64-bit integers can hold, too
 MAX_HEADER_BYTES: Final = 8 * 1024
 _DIGESTED_BYTES: Final = 2 * MAX_HEADER_BYTES  # always holds the whole header and the signature
 _OVERHEAD_BYTES: Final = 1 + 3 * 5 + 1 + SIGNATURE_BYTES

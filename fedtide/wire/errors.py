@@ -44,12 +44,16 @@ class FrameTooLarge(WireError):
 
 
 class UnsupportedVersion(WireError):
-    """The sender speaks a protocol version this build does not know."""
+    """The sender speaks a protocol version that the receiver does not know."""
 
     def __init__(self, version: int, known: tuple[int, ...]) -> None:
         self.version = version
-        known_text = ", ".join(str(number) for number in known)
-        super().__init__(f"protocol version {version}; this build speaks {known_text}")
+        known_text = ", ".join(str(number) for number in known) or "none"
+        older = "receiver" if version > max(known, default=0) else "sender"
+        super().__init__(
+            f"sent in protocol version {version}; the receiver speaks {known_text}: "
+            f"upgrade fedtide at the {older}"
+        )
 
 
 class BadSignature(WireError):

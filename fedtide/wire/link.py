@@ -149,6 +149,9 @@ class Connection(Protocol):
     def deliveries(self) -> AsyncIterator[Delivery]:
         """Received messages, in order.
 
+        Where many lie here untaken, nothing more is read from the broker, its acknowledgements included. So
+        whoever takes them must not wait for one in between.
+
         Raises:
             LinkDown: the connection was lost.
         """

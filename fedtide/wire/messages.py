@@ -235,7 +235,7 @@ class Receipt(Message, frozen=True, kw_only=True, tag_field="kind", tag="receipt
 
     Attributes:
         device: whose update.
-        epoch: the coordinator's run; devices do not believe one that is lower than they have seen.
+        epoch: the coordinator's run; devices do not believe one lower than they have heard of. 0: not said.
         counter: which update.
         digest: which bytes (``envelope.update_digest``): a forgery cannot earn a receipt for the real one.
         verdict: what became of it.
@@ -243,6 +243,8 @@ class Receipt(Message, frozen=True, kw_only=True, tag_field="kind", tag="receipt
         detail: one sentence for people.
         version: the coordinator's current model version.
         retry_after_s: seconds the device shall wait before its next update.
+        highest: the highest counter of this device that was judged. One that was set up again under its old
+            name and key goes on above it. 0: not said.
     """
 
     device: DeviceId
@@ -254,12 +256,14 @@ class Receipt(Message, frozen=True, kw_only=True, tag_field="kind", tag="receipt
     detail: str = ""
     version: ModelVersion
     retry_after_s: float = 0.0
+    highest: Counter = Counter(0)
 
 
 class MissingChunks(Message, frozen=True, kw_only=True, tag_field="kind", tag="missing"):
-    """Chunks of an update that have not arrived; the device sends these again."""
+    """Chunks of an update that have not arrived; the device sends these again. ``epoch``: see ``Receipt``."""
 
     device: DeviceId
+    epoch: Epoch = Epoch(0)
     counter: Counter
     digest: bytes
     indexes: tuple[int, ...]

@@ -12,8 +12,8 @@ import fcntl
 import logging
 import socket
 import termios
-from collections.abc import AsyncIterator, Sequence
-from typing import Any, Final, cast
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, Final, Literal, cast
 
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
@@ -22,16 +22,26 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
+from fedtide.wire.buffered_socket import BufferedSocket
 from fedtide.wire.link import Broker, Connection, Delivery, LinkDown, PublishRefused, Session, Traffic
+from fedtide.wire.packets import plain_puback, plain_publish
 
 log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S: Final = 10.0
 _PUBLISH_WINDOW: Final = 16  # unacknowledged publishes under way; more gains nothing on one TCP connection
-_MAX_QOS0_WAITING: Final = 1000  # at most once may be lost; memory may not
+MAX_PACKET_BYTES: Final = 128 * 1024
+"""Announced to the broker, which drops larger ones: a chunk with all around it. MQTT 3.1.1 has no word for
+it; there the broker's own limit has to do, for the library reads a packet whole before it tells of it."""
+_MAX_WAITING: Final = 256
+"""Received and not yet taken; beyond it nothing is read, and TCP makes the broker wait. The receive maximum
+does not do: mosquitto 2.0.11 answers each PUBACK with so many messages as long as it has any."""
+_MAX_WAITING_BYTES: Final = 16 << 20
 _FILTERS_PER_SUBSCRIBE: Final = 8  # what AWS IoT Core takes
 _UNSUPPORTED_PROTOCOL: Final = 0x84
 _REFUSED: Final = 0x80
+_SUCCESS: Final = ReasonCode(PacketTypes.PUBACK)
+_NO_PROPERTIES: Final = Properties(PacketTypes.PUBACK)  # type: ignore[no-untyped-call]
 
 
 class _NoMqtt5(LinkDown):
@@ -93,11 +103,15 @@ class MqttConnection:
         self._connack: asyncio.Future[None] = self._loop.create_future()
         self._acks: dict[int, asyncio.Future[None]] = {}
         self._inbox: asyncio.Queue[Delivery | None] = asyncio.Queue()
+        self._inbox_bytes = 0
+        self._holding = False  # whether we read nothing until some of the inbox is taken
+        self._written = asyncio.Event()
+        self._written.set()
         self._window = asyncio.Semaphore(_PUBLISH_WINDOW)
         self._lost: LinkDown | None = None
-        self._socket: socket.socket | None = None
+        self._socket: BufferedSocket | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._unsent_bytes = 0  # at the last look
+        self._unsent_bytes = self._arrived_bytes = 0  # at the last look
         self._watching = False  # whether the selector tells when the socket can be written
         self._session_present = False
         self._max_packet_bytes: int | None = None
@@ -131,7 +145,7 @@ class MqttConnection:
         if self._lost:
             raise self._lost
         client = self._client
-        self._socket = cast("socket.socket", client.socket())
+        self._socket = cast("BufferedSocket | None", client.socket())
         if self._socket is None:
             raise LinkDown(f"broker {host}:{port} closed the connection")
         client.on_socket_close = self._on_socket_close
@@ -150,13 +164,20 @@ class MqttConnection:
             raise PublishRefused(
                 f"{size_bytes:,} bytes on {topic}; the broker takes at most {self._max_packet_bytes:,}"
             )
+        if qos == 0:
+            self._send(topic, payload, qos, retain=retain)
+            await self._written.wait()
+            return
         async with self._window:
-            self._check()
-            sent = self._client.publish(topic, payload, qos=qos, retain=retain)
-            self._traffic.sent_bytes += size_bytes
-            self._traffic.sent_messages += 1
-            if qos:
-                await self._acknowledged(sent.mid)
+            await self._acknowledged(self._send(topic, payload, qos, retain=retain))
+
+    def _send(self, topic: str, payload: bytes, qos: int, *, retain: bool) -> int:
+        """Hand a message to the library; its packet identifier."""
+        self._check()
+        sent = self._client.publish(topic, payload, qos=qos, retain=retain)
+        self._traffic.sent_bytes += packet_bytes(topic, payload)
+        self._traffic.sent_messages += 1
+        return sent.mid
 
     async def subscribe(self, filters: Sequence[str], *, qos: int = 1) -> None:
         """See ``Connection.subscribe``."""
@@ -181,6 +202,10 @@ class MqttConnection:
                 self._inbox.put_nowait(None)  # everyone who waits shall hear it
                 self._check()
                 return
+            self._inbox_bytes -= len(delivery.payload)
+            if self._holding and not self._is_full(half=True):
+                self._holding = False
+                self._watch_reading()
             yield delivery
 
     def acknowledge(self, delivery: Delivery) -> None:
@@ -211,9 +236,11 @@ class MqttConnection:
         else:
             self._client.connect(host, port, self._keepalive_s)
 
-    def _make_client(self, broker: Broker) -> paho.Client:
+    def _make_client(self, broker: Broker) -> "_Client":
         old = self._version is MQTTProtocolVersion.MQTTv311
-        client = paho.Client(
+        client = _Client(
+            self._on_delivery,
+            self._on_acknowledged,
             CallbackAPIVersion.VERSION2,
             client_id=self._session.client_id,
             clean_session=self._session.clean_start if old else None,
@@ -236,7 +263,6 @@ class MqttConnection:
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
         client.on_message = self._on_message
-        client.on_publish = self._on_publish
         client.on_subscribe = self._on_subscribe
         client.on_unsubscribe = self._on_unsubscribe
         return client
@@ -245,6 +271,7 @@ class MqttConnection:
         properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
         properties.SessionExpiryInterval = self._session.expiry_s
         properties.ReceiveMaximum = self._session.receive_maximum
+        properties.MaximumPacketSize = MAX_PACKET_BYTES
         return properties
 
     def _subscription(self, qos: int) -> Any:
@@ -269,6 +296,7 @@ class MqttConnection:
         if self._lost:
             return
         self._lost = cause
+        self._client.is_given_up = True
         if self._timer:
             self._timer.cancel()
         for future in (self._connack, *self._acks.values()):
@@ -276,6 +304,7 @@ class MqttConnection:
                 future.set_exception(cause)
                 future.exception()  # nobody may be waiting for it
         self._inbox.put_nowait(None)
+        self._written.set()
         self._release_socket()
         if not self._loop.is_closed():
             self._loop.call_soon(self._cut)  # paho's callbacks hold its lock: not from inside one
@@ -290,12 +319,26 @@ class MqttConnection:
             self._loop.remove_writer(self._socket)
         self._socket = None
 
+    def _watch_reading(self) -> None:
+        if self._socket is None:
+            return
+        if self._holding:
+            self._loop.remove_reader(self._socket)
+        else:
+            self._loop.add_reader(self._socket, self._read)
+            self._loop.call_soon(self._read)  # what was read ahead, the selector cannot see
+
+    def _is_full(self, *, half: bool = False) -> bool:
+        """Whether the inbox holds as much as it may, or half of it."""
+        part = 2 if half else 1
+        return self._inbox.qsize() * part >= _MAX_WAITING or self._inbox_bytes * part >= _MAX_WAITING_BYTES
+
     def _read(self) -> None:
-        client = self._client
-        code = client.loop_read()
-        # TLS may hold decrypted packets that the selector cannot see.
-        while code == MQTTErrorCode.MQTT_ERR_SUCCESS and _has_pending(self._socket):
-            code = client.loop_read()
+        code = MQTTErrorCode.MQTT_ERR_SUCCESS
+        while code == MQTTErrorCode.MQTT_ERR_SUCCESS and self._socket is not None and not self._holding:
+            code = self._client.loop_read()
+            if not _has_pending(self._socket):
+                break
         self._expect(code)
 
     def _write(self) -> None:
@@ -308,8 +351,10 @@ class MqttConnection:
             return
         self._watching = not self._watching
         if self._watching:
+            self._written.clear()
             self._loop.add_writer(self._socket, self._write)
         else:
+            self._written.set()
             self._loop.remove_writer(self._socket)
 
     def _keep_alive(self) -> None:
@@ -322,9 +367,14 @@ class MqttConnection:
             self._timer = self._loop.call_later(self._keepalive_s / 4, self._keep_alive)
 
     def _is_leaving(self) -> bool:
-        """Whether some of what was written has reached the peer since the last look."""
-        before, self._unsent_bytes = self._unsent_bytes, _unsent_bytes(self._socket)
-        return self._unsent_bytes != before
+        """Whether something was on its way at the last look, and some of it has reached the peer since.
+
+        Not whether less or more is on its way than then: on a dead link each PINGREQ would be more.
+        """
+        was_under_way, had_arrived = self._unsent_bytes > 0, self._arrived_bytes
+        self._unsent_bytes = _unsent_bytes(self._socket)
+        self._arrived_bytes = (self._socket.sent_bytes if self._socket else 0) - self._unsent_bytes
+        return was_under_way and self._arrived_bytes > had_arrived
 
     def _expect(self, code: MQTTErrorCode) -> None:
         if code != MQTTErrorCode.MQTT_ERR_SUCCESS:
@@ -358,14 +408,19 @@ class MqttConnection:
         self._down(LinkDown(f"connection lost: {code}"))
 
     def _on_message(self, _client: object, _data: object, message: paho.MQTTMessage) -> None:
-        if message.qos == 0 and self._inbox.qsize() >= _MAX_QOS0_WAITING:
-            return
         payload = bytes(message.payload)
-        self._traffic.received_bytes += packet_bytes(message.topic, payload)
-        self._traffic.received_messages += 1
-        self._inbox.put_nowait(Delivery(message.topic, payload, message.mid, message.qos, message.retain))
+        self._on_delivery(Delivery(message.topic, payload, message.mid, message.qos, message.retain))
 
-    def _on_publish(self, _client: object, _data: object, mid: int, code: ReasonCode, _p: object) -> None:
+    def _on_delivery(self, delivery: Delivery) -> None:
+        self._traffic.received_bytes += packet_bytes(delivery.topic, delivery.payload)
+        self._traffic.received_messages += 1
+        self._inbox_bytes += len(delivery.payload)
+        self._inbox.put_nowait(delivery)
+        if not self._holding and self._is_full():
+            self._holding = True
+            self._watch_reading()
+
+    def _on_acknowledged(self, mid: int, code: ReasonCode) -> None:
         self._settle(mid, PublishRefused(f"the broker refused: {code}") if code.value >= _REFUSED else None)
 
     def _on_subscribe(
@@ -389,6 +444,61 @@ class MqttConnection:
             future.set_result(None)
 
 
+class _Client(paho.Client):
+    """paho's client, with shorter ways for the packets that come by the thousand.
+
+    The methods are private ones of paho: a version of it that has others would go its own, longer way with
+    what is received, and the tests would see that nothing is acknowledged.
+
+    Args:
+        deliver: called with each message received.
+        acknowledged: called with each message's packet identifier and reason code once the broker has it.
+        arguments: paho's own.
+        options: likewise.
+
+    Attributes:
+        is_given_up: nobody waits for this connection any more.
+    """
+
+    def __init__(
+        self,
+        deliver: Callable[[Delivery], None],
+        acknowledged: Callable[[int, ReasonCode], None],
+        *arguments: Any,
+        **options: Any,
+    ) -> None:
+        super().__init__(*arguments, **options)
+        self._deliver = deliver
+        self._tell_acknowledged = acknowledged
+        self.is_given_up = False
+
+    def _create_socket(self) -> Any:
+        made = cast("socket.socket", super()._create_socket())
+        if self.is_given_up:  # a CONNECT now would end a later connection of the same client identifier
+            made.close()
+            raise ConnectionAbortedError("made too late")
+        return BufferedSocket(made)
+
+    def _handle_publish(self) -> MQTTErrorCode:
+        packet, with_properties = self._in_packet, self._protocol == MQTTProtocolVersion.MQTTv5
+        delivery = plain_publish(packet["command"], packet["packet"], with_properties=with_properties)
+        if delivery is None:
+            return super()._handle_publish()
+        self._deliver(delivery)
+        return MQTTErrorCode.MQTT_ERR_SUCCESS
+
+    def _handle_pubackcomp(self, cmd: Literal["PUBACK", "PUBCOMP"]) -> MQTTErrorCode:
+        mid = plain_puback(self._in_packet["packet"]) if cmd == "PUBACK" else None
+        if mid is None or mid not in self._out_messages:
+            return super()._handle_pubackcomp(cmd)
+        return self._do_on_publish(mid, _SUCCESS, _NO_PROPERTIES)
+
+    def _do_on_publish(self, mid: int, reason_code: ReasonCode, properties: Properties) -> MQTTErrorCode:
+        done = super()._do_on_publish(mid, reason_code, properties)
+        self._tell_acknowledged(mid, reason_code)
+        return done
+
+
 def packet_bytes(topic: str, payload: bytes) -> int:
     """Bytes of a PUBLISH packet (MQTT 3.1.1 section 3.3): fixed header, topic, packet identifier, payload.
 
@@ -399,7 +509,7 @@ def packet_bytes(topic: str, payload: bytes) -> int:
     return 1 + length_bytes + remaining
 
 
-def _unsent_bytes(sock: socket.socket | None) -> int:
+def _unsent_bytes(sock: BufferedSocket | None) -> int:
     """What the kernel still holds, not yet sent or not yet acknowledged (tcp(7): SIOCOUTQ); 0 if unknown."""
     if sock is None:
         return 0
@@ -411,6 +521,5 @@ def _unsent_bytes(sock: socket.socket | None) -> int:
     return answer[0]
 
 
-def _has_pending(sock: socket.socket | None) -> bool:
-    pending = getattr(sock, "pending", None)
-    return bool(pending and pending())
+def _has_pending(sock: BufferedSocket | None) -> bool:
+    return sock is not None and sock.pending() > 0

@@ -86,8 +86,10 @@ UPDATE: Final = TopicTemplate(
     "up/{shard}/{device}", Access.WRITE, retained=False, qos=1, purpose="chunks of a device's update"
 )
 DOWN: Final = TopicTemplate(
-    "dn/{device}", Access.READ, retained=False, qos=1, purpose="receipts and requests to one device"
+    "dn/{device}", Access.READ, retained=False, qos=0, purpose="receipts and requests to one device"
 )
+"""At most once: a device whose receipt is lost sends its update again, and gets another. The coordinator must
+never wait for a broker's acknowledgement here, which comes behind everything that is queued for it."""
 PRESENCE: Final = TopicTemplate(
     "st/{device}", Access.WRITE, retained=True, qos=1, purpose="a device's presence and its will"
 )

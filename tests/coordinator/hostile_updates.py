@@ -200,9 +200,17 @@ CASES = (
     Case("a scale without end", NOT_FINITE, _q8_with_endless_scale),
 )  # fmt: skip
 """What an enrolled device can get wrong at any moment. Not here, because they need a history or a stranger:
-``UNKNOWN_DEVICE``, ``REPLAYED_COUNTER``, ``TOO_STALE`` and ``STOPPED``."""
+``UNKNOWN_DEVICE``, ``REPLAYED_COUNTER``, ``TOO_STALE``, ``TOO_MANY``, ``STOPPED``; nor ``UNREADABLE``, which
+needs a fault of ours."""
 
-NEED_A_HISTORY = {Reason.UNKNOWN_DEVICE, Reason.REPLAYED_COUNTER, Reason.TOO_STALE, Reason.STOPPED}
+NEED_A_HISTORY = {
+    Reason.UNKNOWN_DEVICE,
+    Reason.REPLAYED_COUNTER,
+    Reason.TOO_STALE,
+    Reason.TOO_MANY,
+    Reason.STOPPED,
+    Reason.UNREADABLE,
+}
 
 
 def names(case):

@@ -51,6 +51,8 @@ class RecordingConnection:
         self.on_publish(publication)
         self.published.append(publication)
         self._changed.set()
+        if topic in self.filters:
+            self.deliver(topic, payload, qos=0)
 
     async def subscribe(self, filters, *, qos=1):
         self.filters.extend(filters)
@@ -71,6 +73,7 @@ class RecordingConnection:
 
     async def close(self):
         self.closed = True
+        self._inbox.put_nowait(None)
 
     def abort(self):
         self.lose()

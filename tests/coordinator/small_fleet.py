@@ -18,6 +18,7 @@ from coordinator.settings import CoordinatorSettings, Rules
 from coordinator.writer import Writer
 from fedtide.wire import codecs
 from fedtide.wire.chunks import MAX_CHUNK_BYTES, update_chunks
+from fedtide.wire.disk import OS_DISK
 from fedtide.wire.envelope import UpdateHeader, open_update, seal_update
 from fedtide.wire.ids import DeviceId, FleetId, ModelVersion
 from fedtide.wire.parameters import Schema, TensorSpec, fingerprint
@@ -116,12 +117,12 @@ def make_update(delta=None, *, codec="float32", **changes):
 class Bench:
     """Intake, writer, journal and models, put together as the service does; a method call is an event."""
 
-    def __init__(self, directory, settings=None, plan=PLAN):
+    def __init__(self, directory, settings=None, plan=PLAN, disk=OS_DISK):
         self.settings = make_settings() if settings is None else settings
         self.closed = False
         self.plan = plan
         self.schema = plan.plan.manifest.schema
-        self.recovered = recover(directory, self.settings, plan)
+        self.recovered = recover(directory, self.settings, plan, disk)
         self.journal = self.recovered.journal
         self.writer = Writer(
             self.settings,
@@ -170,11 +171,12 @@ class Bench:
         keep = self.settings.publish.keep_versions
         self.recovered.models.save(version.number, version.parameters)
         self.journal.add_published(Published(version.number, version.fingerprint, 0.0), keep)
-        self.recovered.models.remove_old()
+        needed = self.journal.oldest_base if self.settings.aggregator.needs_base else None
+        self.recovered.models.remove_old(needed)
         self.writer.published = {row.version: row.fingerprint for row in self.journal.published()}
 
     def snapshot(self):
-        self.recovered.snapshots.save(self.journal.last_sequence(), self.state)
+        self.journal.snapshot(self.state)
 
     def replay_from_start(self, on_version=lambda _state: None):
         """The state that the whole journal gives."""

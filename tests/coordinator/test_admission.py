@@ -108,6 +108,7 @@ def test_without_weighting_by_examples_every_update_has_importance_one():
     assert admit(header(num_examples=1000), terms(), make_settings()).importance == 1.0
 
 
-def test_details_quote_only_the_beginning_of_what_a_stranger_wrote():
-    rejection = admit(header(codec="x" * 5000), terms(), make_settings())
+@pytest.mark.parametrize("field", ["fleet", "plan", "codec"])
+def test_details_quote_only_the_beginning_of_what_a_stranger_wrote(field):
+    rejection = admit(header(**{field: "x" * 5000}), terms(), make_settings())
     assert len(msgspec.json.encode(rejection.detail)) < 300

@@ -91,7 +91,7 @@ def test_settings_that_cannot_be_are_refused(line):
 def opened(directory, schema=LARGE, **changes):
     settings = make_settings(**changes)
     models = ModelStore(directory / "models", schema, kept_models(settings.publish))
-    return PublishedVersions(settings, schema, models, Journal(directory / "journal.sqlite"))
+    return PublishedVersions(settings, schema, models, Journal(directory / "journal"))
 
 
 def publish(versions, number, model):
@@ -170,7 +170,7 @@ def test_the_journal_keeps_both_fingerprints(tmp_path):
     versions = opened(tmp_path)
     (model,) = walk(1)
     version = publish(versions, 0, model)
-    (row,) = Journal(tmp_path / "journal.sqlite").published()
+    (row,) = Journal(tmp_path / "journal").published()
     assert (row.fingerprint, row.exact) == (version.fingerprint, fingerprint(model))
     assert row.fingerprint != row.exact
 
@@ -184,7 +184,7 @@ def test_where_the_models_were_lost_the_journal_has_what_is_offered_now(tmp_path
         file.unlink()
     again = publish(opened(tmp_path), 2, models[2])
     assert again.fingerprint != held[2].fingerprint  # or this test would say nothing
-    *_, row = Journal(tmp_path / "journal.sqlite").published()
+    *_, row = Journal(tmp_path / "journal").published()
     assert (row.version, row.fingerprint, row.exact) == (2, again.fingerprint, fingerprint(models[2]))
 
 

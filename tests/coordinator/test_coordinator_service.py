@@ -1,23 +1,28 @@
 """The running coordinator over a recorded connection: durable first, then acknowledged; stops; comes back."""
 
 import asyncio
-import sqlite3
 import threading
 from dataclasses import dataclass
 
 import msgspec
+import numpy as np
 import pytest
 from recording_connection import RecordingConnection
+from simulated_disk import SimulatedDisk, full
 from small_fleet import DEVICES, PLAN, constant, device_key, make_settings, make_update
 
 from coordinator import status
 from coordinator.aggregation import FedBuff
+from coordinator.entries import UpdateEntry
+from coordinator.journal import History, StorageFailed
 from coordinator.recovery import recover
 from coordinator.service import CoordinatorService
-from coordinator.settings import Evaluation, Publish, ReleaseGate, Stop, Update
+from coordinator.settings import Evaluation, Journal, Publish, ReleaseGate, Stop, Update
 from coordinator.staleness import Constant
 from fedtide.wire import frame
 from fedtide.wire.chunks import MAX_CHUNK_BYTES, update_chunks
+from fedtide.wire.clock import SYSTEM_CLOCK
+from fedtide.wire.disk import OS_DISK
 from fedtide.wire.envelope import update_digest
 from fedtide.wire.link import Broker, LinkDown
 from fedtide.wire.messages import (
@@ -32,6 +37,7 @@ from fedtide.wire.messages import (
     TrainingEvent,
     Verdict,
 )
+from fedtide.wire.parameters import fingerprint
 from fedtide.wire.seal import unseal, unseal_any
 from fedtide.wire.signatures import COORDINATOR_DOMAIN, DOWN_DOMAIN, HEAD_DOMAIN
 
@@ -55,14 +61,17 @@ class Outcome:
 class Fleet:
     """A coordinator and the connections it is given, one after the other."""
 
-    def __init__(self, directory, settings, connections=1, evaluate=None):
+    def __init__(
+        self, directory, settings, *, connections=1, evaluate=None, disk=OS_DISK, clock=SYSTEM_CLOCK
+    ):
         self.directory, self.settings = directory, settings
         self.connections = [RecordingConnection() for _ in range(connections)]
         self.sessions = []
+        self.look = RecordingConnection()  # the one on which it looks whether another coordinator is there
         for device in DEVICES:
             (directory / "roster").mkdir(exist_ok=True, parents=True)
             (directory / "roster" / f"{device}.pub").write_text(str(device_key(device).public))
-        self.recovered = recover(directory / "state", settings, PLAN)
+        self.recovered = recover(directory / "state", settings, PLAN, disk)
         self.service = CoordinatorService(
             settings,
             plan=PLAN,
@@ -71,9 +80,12 @@ class Fleet:
             recovered=self.recovered,
             dial=self.dial,
             evaluate=evaluate,
+            clock=clock,
         )
 
     async def dial(self, session, _attempt):
+        if "-look-" in session.client_id:
+            return self.look
         self.sessions.append(session)
         if len(self.sessions) > len(self.connections):
             raise LinkDown("there are no more connections")
@@ -106,10 +118,8 @@ class Fleet:
 
     def in_the_journal(self):
         """Counters of the updates that another process would find in the journal."""
-        database = sqlite3.connect(self.directory / "state" / "journal.sqlite")
-        rows = database.execute("SELECT counter FROM entries WHERE kind = 'update'").fetchall()
-        database.close()
-        return [counter for (counter,) in rows]
+        entries = History(self.directory / "state" / "journal", self.recovered.disk).entries_after(0)
+        return [entry.counter for _, entry in entries if isinstance(entry, UpdateEntry)]
 
 
 def update(counter=1, device=ONE, **changes):
@@ -148,10 +158,17 @@ def test_an_update_is_acknowledged_and_receipted_only_once_it_is_in_the_journal(
             if message.topic == down(ONE)
             else None
         )
+        acknowledged_with, acknowledge = [], connection.acknowledge
+
+        def look_and_acknowledge(delivery):
+            acknowledged_with.append(fleet.in_the_journal())
+            acknowledge(delivery)
+
+        connection.acknowledge = look_and_acknowledge
         gate = connection.hold(down(ONE))
         fleet.send(update(5))
         await connection.until(lambda: connection.acknowledged)
-        assert fleet.in_the_journal() == [5]
+        assert acknowledged_with == [[5]]
         gate.set()
         await connection.until(lambda: fleet.received(ONE))
         assert [journal for _, journal in found] == [[5]]
@@ -163,18 +180,18 @@ def test_an_update_is_acknowledged_and_receipted_only_once_it_is_in_the_journal(
 
 def test_when_the_disk_is_full_the_coordinator_ends_and_acknowledges_nothing(tmp_path):
     async def scenario(fleet, running):
-        database = fleet.recovered.journal._database
-        (pages,) = database.execute("PRAGMA page_count").fetchone()
-        database.execute(f"PRAGMA max_page_count = {pages}")
-        fleet.send(*(update(counter, metrics={"m" * 7000: 0.0}) for counter in range(1, 20)))
-        with pytest.raises(sqlite3.OperationalError, match="full"):
+        disk.fail(full)
+        fleet.send(*(update(1, device) for device in DEVICES))
+        with pytest.raises(StorageFailed, match=r"appending \d+ bytes failed: No space left on device"):
             await running
 
-    fleet = run(tmp_path, make(), scenario)
+    disk = SimulatedDisk()
+    fleet = run(tmp_path, make(), scenario, disk=disk)
     assert fleet.connection.acknowledged == []
     assert fleet.received(ONE) == []
     assert [head.version for head in fleet.heads()] == [0]
-    again = recover(tmp_path / "state", make(), PLAN)
+    disk.fail(None)
+    again = recover(tmp_path / "state", make(), PLAN, disk)
     assert again.state.version == 0
     assert [row.version for row in again.journal.published()] == [0]
     again.close()
@@ -186,30 +203,43 @@ def test_a_version_is_not_put_on_record_before_its_updates_are_committed(tmp_pat
     async def scenario(fleet, running):
         fleet.send(update(1))
         await fleet.connection.until(lambda: fleet.received(ONE))
-        database, disk = fleet.recovered.journal._database, threading.Event()
-        (pages,) = database.execute("PRAGMA page_count").fetchone()
-        database.execute(f"PRAGMA max_page_count = {pages}")
-        waiting = asyncio.create_task(fleet.service._journal_thread.run(disk.wait))
-        fleet.send(*(update(counter, metrics={"m" * 7000: 0.0}) for counter in range(2, 20)))
+        turn = threading.Event()
+        waiting = asyncio.create_task(fleet.service._journal_thread.run(turn.wait))
+        disk.fail(full)
+        fleet.send(*(update(2, device) for device in DEVICES))
         await asyncio.wait([running], timeout=0.5)  # longer than the pause between two publications
-        disk.set()
-        with pytest.raises(sqlite3.OperationalError, match="full"):
+        turn.set()
+        with pytest.raises(StorageFailed, match="No space left on device"):
             await running
         await waiting
 
+    disk = SimulatedDisk()
     settings = msgspec.structs.replace(make(), publish=Publish(min_interval_s=0.2))
-    fleet = run(tmp_path, settings, scenario)
+    fleet = run(tmp_path, settings, scenario, disk=disk)
     assert max(head.version for head in fleet.heads()) <= 1
-    again = recover(tmp_path / "state", settings, PLAN)
+    disk.fail(None)
+    again = recover(tmp_path / "state", settings, PLAN, disk)
     assert again.state.version == 1
     assert max(row.version for row in again.journal.published()) <= 1
     again.close()
 
 
+def test_a_run_knows_what_the_run_before_it_applied(tmp_path):
+    async def send(fleet, _running):
+        fleet.send(update(1))
+        await fleet.connection.until(lambda: fleet.received(ONE))
+
+    verdicts = [run(tmp_path, make(goal=10), send).received(ONE)[0].verdict for _ in range(2)]
+    assert verdicts == [Verdict.APPLIED, Verdict.DUPLICATE]
+
+
 def test_many_updates_that_arrive_together_are_all_judged(tmp_path):
     async def scenario(fleet, _running):
-        fleet.send(*(update(counter, device) for counter in (1, 2, 3) for device in DEVICES))
-        await fleet.connection.until(lambda: all(len(fleet.received(device)) == 3 for device in DEVICES))
+        for counter in (1, 2, 3):
+            fleet.send(*(update(counter, device) for device in DEVICES))
+            await fleet.connection.until(
+                lambda counter=counter: all(len(fleet.received(device)) == counter for device in DEVICES)
+            )
         assert fleet.service.status("running").updates.applied == 12
 
     fleet = run(tmp_path, make(goal=5), scenario)
@@ -278,7 +308,7 @@ def test_the_coordinator_stops_by_itself_and_offers_the_last_version(tmp_path, s
         return Outcome(loss=0.0, metric=float(parameters[0]))
 
     async def scenario(fleet, running):
-        fleet.send(*(update(counter) for counter in (1, 2, 3)))
+        fleet.send(*(update(1, device) for device in DEVICES[:3]))
         assert await running == reason
 
     settings = make(stop, evaluation=Evaluation(data=tmp_path), staleness=Constant())
@@ -297,17 +327,18 @@ def test_the_coordinator_stops_by_itself_and_offers_the_last_version(tmp_path, s
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
-def test_a_version_that_is_not_finite_is_never_offered(tmp_path):
-    """Two finite deltas whose sum is not: neither when it is made nor as the last one at the stop."""
+def test_a_version_that_would_not_be_finite_is_offered_with_the_parameters_before(tmp_path):
+    """Two finite deltas whose sum is not; also where it is the last one, at the stop."""
 
     async def scenario(fleet, running):
-        fleet.send(*(update(counter, delta=constant(3e38)) for counter in (1, 2)))
+        fleet.send(*(update(1, device, delta=constant(3e38)) for device in (ONE, TWO)))
         assert await running == "updates reached 2"
 
     fleet = run(tmp_path, make(Stop(updates=2), staleness=Constant()), scenario)
     assert fleet.service.status("stopped").version == 2
-    assert {head.version for head in fleet.heads()} <= {0, 1}
-    assert fleet.heads()[-1].training is False
+    last = fleet.heads()[-1]
+    assert (last.version, last.training) == (2, False)
+    assert last.parameters_sha256 == fingerprint(PLAN.initial + np.float32(3e38))
 
 
 def test_a_version_that_passes_the_gate_is_released(tmp_path):
@@ -315,7 +346,7 @@ def test_a_version_that_passes_the_gate_is_released(tmp_path):
         return Outcome(loss=0.0, metric=float(parameters[0]))
 
     async def scenario(fleet, running):
-        fleet.send(*(update(counter) for counter in (1, 2, 3)))
+        fleet.send(*(update(1, device) for device in DEVICES[:3]))
         assert await running == "metric reached 3"
 
     gate = {"evaluation": Evaluation(data=tmp_path), "release": ReleaseGate(metric_at_least=3.0)}
@@ -339,29 +370,36 @@ def test_a_shutdown_commits_what_arrived_and_leaves_a_snapshot(tmp_path):
     assert fleet.connection.closed
 
 
+def test_a_snapshot_is_due_after_so_many_bytes_too(tmp_path):
+    async def scenario(fleet, _running):
+        for counter in range(1, 11):
+            fleet.send(update(counter, metrics={"m" * 7500: 0.0}))
+            await fleet.connection.until(lambda counter=counter: len(fleet.received(ONE)) == counter)
+        assert len(list(fleet.recovered.journal.snapshots())) == 1
+
+    run(tmp_path, make(goal=100, journal=Journal(snapshot_every_bytes=65_536)), scenario)
+
+
 def test_at_every_step_of_a_publication_each_version_on_record_has_its_file(tmp_path):
     """So a kill at any of them leaves no base that is admitted and cannot be read."""
     settings = msgspec.structs.replace(make(), publish=Publish(min_interval_s=0.0, keep_versions=2))
-    missing = []
+    missing, disk, state = [], SimulatedDisk(), tmp_path / "state"
 
-    def look(fleet, statement):
-        # SQLite tells of each statement before it runs.
-        files = {int(file.stem) for file in (tmp_path / "state" / "models").glob("*.safetensors")}
-        database = sqlite3.connect(tmp_path / "state" / "journal.sqlite")
-        rows = {version for (version,) in database.execute("SELECT version FROM published")}
-        database.close()
+    def look(_operation):
+        files = {int(name.split(".")[0]) for name in disk.names(state / "models")}
+        rows = {row.version for row in History(state / "journal", disk).published()}
         missing.append(rows - files)
 
     async def scenario(fleet, _running):
-        fleet.recovered.journal._database.set_trace_callback(lambda statement: look(fleet, statement))
+        disk.watch(look)
         for counter in range(1, 6):
             heads = len(fleet.heads())
             base = fleet.heads()[-1]
             fleet.send(update(counter, base_version=base.version, base_sha256=base.parameters_sha256))
             await fleet.connection.until(lambda heads=heads: len(fleet.heads()) > heads)
-        fleet.recovered.journal._database.set_trace_callback(None)
+        disk.watch(None)
 
-    fleet = run(tmp_path, settings, scenario)
+    fleet = run(tmp_path, settings, scenario, disk=disk)
     assert [head.version for head in fleet.heads()] == [0, 1, 2, 3, 4, 5]
     assert len(missing) > 20
     assert not any(missing)
@@ -387,12 +425,12 @@ def test_chunks_that_did_not_come_are_asked_for(tmp_path):
     settings = make(update=Update(missing_after_s=0.05))
     missing, *_, receipt = run(tmp_path, settings, scenario).received(ONE)
     assert isinstance(missing, MissingChunks)
-    assert (missing.counter, missing.indexes) == (1, (1, 2, 4))
+    assert (missing.counter, missing.indexes) == (1, (1, 2))
     assert missing.digest == update_digest(large[2])
     assert receipt.verdict is Verdict.APPLIED
 
 
-def test_a_device_that_does_not_answer_is_asked_five_times_and_its_chunks_are_dropped(tmp_path):
+def test_a_device_that_does_not_answer_is_asked_ever_more_rarely_and_its_chunks_are_dropped(tmp_path):
     large = update(1, metrics={"m" * 4000: 0.0})
 
     async def scenario(fleet, _running):
@@ -403,8 +441,10 @@ def test_a_device_that_does_not_answer_is_asked_five_times_and_its_chunks_are_dr
             while assembler.held_bytes:  # noqa: ASYNC110 - nobody announces what is forgotten
                 await asyncio.sleep(0.01)
 
-    settings = make(update=Update(missing_after_s=0.05))
-    assert len(run(tmp_path, settings, scenario).received(ONE)) == 5
+    settings = make(update=Update(missing_after_s=0.01))
+    asked = [message.indexes for message in run(tmp_path, settings, scenario).received(ONE)]
+    # The last chunk may still be on its way for a while.
+    assert asked == [(1, 2)] * 3 + [(1, 2, 4)] * 2
 
 
 @pytest.mark.parametrize("session_present", [False, True])
@@ -508,10 +548,34 @@ def test_updates_at_most_once_are_bounded_too(tmp_path):
             fleet.connection.deliver(f"fl/1/pumps/up/0/{ONE}", chunk, qos=0)
         most = 0
         while fleet.connection._inbox.qsize() or fleet.service.committer.accounting.waiting:
-            most = max(most, fleet.service.committer.accounting.waiting)
+            most = max(most, len(fleet.service.committer._waiting))
             await asyncio.sleep(0)
         return most
 
     fleet = run(tmp_path, make(), scenario)
     assert fleet.service.committer.accounting.balanced()
     assert fleet.outcome <= fleet.settings.journal.max_batch
+
+
+def flipped(content):
+    return content[:-1] + bytes([content[-1] ^ 0x40])  # the exponent of the last parameter
+
+
+@pytest.mark.parametrize(
+    "damaged", [flipped, lambda content: content[:-5], lambda _content: b""], ids=["a bit", "cut", "empty"]
+)
+def test_a_model_file_that_is_damaged_is_made_again_and_never_offered(tmp_path, damaged):
+    async def scenario(fleet, _running):
+        fleet.send(update(1))
+        await fleet.connection.until(lambda: fleet.heads()[-1].version == 1)
+
+    async def nothing(_fleet, _running):
+        pass
+
+    offered = run(tmp_path, make(), scenario).heads()[-1]
+    file = tmp_path / "state" / "models" / "000000000001.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(damaged(whole))
+    again = run(tmp_path, make(), nothing).heads()[-1]
+    assert (again.version, again.parameters_sha256) == (1, offered.parameters_sha256)
+    assert file.read_bytes()[-32:] == whole[-32:]

@@ -84,7 +84,7 @@ class Fleet:
         self.connections = [RecordingConnection()]
         self.publisher = Publisher(
             settings,
-            Identity(5, PLAN.plan.id, b"the plan", KEY),
+            Identity(5, "run", PLAN.plan.id, b"the plan", KEY),
             self.remember,
             lambda: 1000.0,
             maker=BlobMaker(settings.publish, SCHEMA, self.earlier),

@@ -16,12 +16,14 @@ from coordinator.status import (
     DeviceTrouble,
     EvaluationPoint,
     FederatedMetric,
+    RolledBack,
     Status,
+    StatusFile,
     Updates,
     read,
-    write,
 )
 from fedtide.status_view import fleet_view
+from fedtide.wire.clock import SYSTEM_CLOCK
 
 
 def device(name, *, online, applied, share):
@@ -90,7 +92,7 @@ def test_devices_versions_and_evaluation_are_metrics(status):
 
 
 def test_a_status_comes_back_from_its_file(status, tmp_path):
-    write(tmp_path / "status.json", status)
+    StatusFile(tmp_path / "status.json", SYSTEM_CLOCK).write(lambda: status)
     assert read(tmp_path / "status.json") == status
 
 
@@ -107,6 +109,8 @@ def released(status):
         troubles={"data.unusable": 3, "other": 1},
         keyframe_bytes=9_500,
         delta_bytes=320,
+        rollbacks=2,
+        last_rollback=RolledBack(version=12, good=7, why="Version 11: loss 9 is above", devices=("pump-1",)),
         devices=(
             msgspec.structs.replace(
                 one, evaluation=DeviceEvaluation(version=7, examples=100, loss=0.5, metric=0.8125)
@@ -125,6 +129,7 @@ def test_release_federated_metric_and_trouble_are_metrics(released):
     expected = ["5.0", "0.75", "0.625", "2.0", "1300.0", "1.0", "9500.0", "320.0"]
     assert [metrics[f"fedtide_{name}"] for name in names] == expected
     assert metrics['fedtide_trouble_reports_total{event="data.unusable"}'] == "3.0"
+    assert metrics["fedtide_rollbacks_total"] == "2.0"
 
 
 def test_what_nobody_has_found_yet_is_no_metric(status):
@@ -145,6 +150,7 @@ def test_an_operator_sees_the_release_and_the_devices_own_metric(released):
     assert (
         "released: version 5 (it passed accuracy at least 0.9 on the coordinator's held-out examples)" in text
     )
+    assert "rolled back 2 times, last to version 7: Version 11: loss 9 is above" in text
     one, two = (line for line in text.splitlines() if line.startswith("pump-"))
     assert "0.812 at 7" in one
     assert one.endswith("rejected: too-stale")
@@ -164,7 +170,7 @@ def test_an_operator_sees_why_a_version_is_released_or_none_is(status, changes, 
 
 
 def test_a_status_with_everything_in_it_comes_back_from_its_file(released, tmp_path):
-    write(tmp_path / "status.json", released)
+    StatusFile(tmp_path / "status.json", SYSTEM_CLOCK).write(lambda: released)
     assert read(tmp_path / "status.json") == released
 
 
@@ -190,3 +196,9 @@ def test_an_operator_sees_versions_accounting_and_who_is_away(status):
 
 def test_a_coordinator_that_stopped_writing_its_status_is_not_shown_as_running(status):
     assert "silent for 60 s" in shown(status, 1060.0)
+
+
+def test_one_that_writes_its_status_rarely_is_silent_only_when_the_next_one_is_late(status):
+    rarely = msgspec.structs.replace(status, interval_s=12.0)
+    assert "running" in shown(rarely, 1016.0)
+    assert "silent for 18 s" in shown(rarely, 1018.0)

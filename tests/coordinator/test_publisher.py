@@ -40,7 +40,7 @@ def make_publisher(remember=None, shelf=None, released=None, schema=SCHEMA, **ch
     settings = make_settings(chunk_bytes=1024, **{"publish": FLOAT32, **changes})
     return Publisher(
         settings,
-        Identity(5, PLAN.plan.id, b"the plan", KEY),
+        Identity(5, "run", PLAN.plan.id, b"the plan", KEY),
         remember or remembered,
         lambda: 1000.0,
         maker=BlobMaker(settings.publish, schema, earlier),
@@ -295,6 +295,8 @@ def test_the_coordinators_state_is_signed_and_retained(online):
     assert msgspec.structs.asdict(state) | {"online": None} == {
         "fleet": FLEET,
         "epoch": 5,
+        "run": "run",
+        "spread_s": 0.0,
         "online": None,
         "protocol_min": 1,
         "protocol_max": 1,

@@ -1,5 +1,7 @@
 """The roster follows its files: enrolled, refused, revoked."""
 
+import os
+
 import pytest
 from small_fleet import DEVICES, device_key
 
@@ -99,6 +101,34 @@ def test_a_file_that_was_half_written_when_it_was_read_is_read_again(roster, clo
     file.write_text(f"{KEY}\n")
     clock.now += 1.0
     assert roster.key(PUMP) == KEY
+
+
+def test_when_one_device_is_enrolled_the_files_of_the_others_are_not_read_again(roster, clock, tmp_path):
+    file = tmp_path / "roster" / f"{PUMP}.pub"
+    file.parent.mkdir()
+    file.write_text(f"{KEY}\n")
+    long_ago = file.stat().st_mtime_ns - 10**10
+    os.utime(file, ns=(long_ago, long_ago))
+    assert roster.key(PUMP) == KEY
+    file.write_text("x" * 65)  # what it holds now would enrol nobody; to the file system it looks the same
+    os.utime(file, ns=(long_ago, long_ago))
+    Roster(tmp_path / "roster", 2).enrol(OTHER, ANOTHER)
+    for _ in range(3):
+        clock.now += 1.0
+        assert roster.devices() == (PUMP, OTHER)
+
+
+def test_an_old_file_that_was_rewritten_in_place_is_read_when_the_directory_changes(roster, clock, tmp_path):
+    roster.enrol(PUMP, KEY)
+    file = tmp_path / "roster" / f"{PUMP}.pub"
+    long_ago = file.stat().st_mtime_ns - 10**10
+    os.utime(file, ns=(long_ago, long_ago))
+    clock.now += 1.0
+    assert roster.key(PUMP) == KEY
+    file.write_text(f"{ANOTHER}\n")
+    (tmp_path / "roster" / "something-else").touch()
+    clock.now += 1.0
+    assert roster.key(PUMP) == ANOTHER
 
 
 def test_a_directory_that_was_away_for_a_while_is_read_again(roster, clock, tmp_path):

@@ -231,11 +231,12 @@ def test_a_chunk_whose_numbers_do_not_fit_is_malformed(change: dict[str, object]
     assert assembler.silent_since(1.0) == {}
 
 
-def test_chunks_that_add_up_to_more_than_announced_are_malformed_and_forgotten() -> None:
+def test_chunks_that_add_up_to_more_than_announced_are_a_mismatch_and_forgotten() -> None:
+    """Not a malformed frame: the last to come may be right, and an earlier one forged."""
     assembler = Assembler(LARGE, LARGE)
     first, second, _ = chunks_of(bytes(30))
     assembler.add("pump-1", first, 0.0)
-    with pytest.raises(MalformedFrame, match="more than the announced 30 bytes"):
+    with pytest.raises(BlobMismatch, match="more than the announced 30 bytes"):
         assembler.add("pump-1", msgspec.structs.replace(second, content=bytes(21)), 0.0)
     assert assembler.held_bytes == 0
 
@@ -278,6 +279,7 @@ def test_missing_chunks_are_named_once_the_sender_was_silent() -> None:
     assembler.add("pump-1", chunks[3], 2.0)
     assert assembler.silent_since(2.0) == {}
     assert assembler.silent_since(2.5)["pump-1"].missing() == (0, 2, 4)
+    assert assembler.silent_since(2.5)["pump-1"].gaps() == (0, 2)
 
 
 def test_a_list_of_missing_chunks_is_short_however_many_are_announced() -> None:

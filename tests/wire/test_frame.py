@@ -28,7 +28,7 @@ def test_an_empty_frame_is_malformed() -> None:
 @pytest.mark.parametrize("version", [0, 2, 255])
 def test_another_protocol_version_is_refused_with_the_version_this_build_speaks(version: int) -> None:
     with pytest.raises(
-        UnsupportedVersion, match=f"protocol version {version}; this build speaks 1"
+        UnsupportedVersion, match=f"protocol version {version}; the receiver speaks 1"
     ) as refused:
         frame.from_frame(bytes((version,)) + frame.pack(RECEIPT), Receipt)
     assert refused.value.version == version

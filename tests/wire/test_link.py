@@ -4,41 +4,36 @@ Nothing here waits for a time to pass: where a message must not come, one that m
 """
 
 import asyncio
-import itertools
-import os
-import signal
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, Final
 
 import numpy as np
 import pytest
+from linked_broker import (
+    KINDS,
+    WITH_LIMITS,
+    LinkedBroker,
+    RealBroker,
+    connected,
+    fails_with_link_down,
+    fresh_topic,
+    needs_prompt_redelivery,
+    next_delivery,
+    session,
+    started,
+)
 
-from broker_config.local import LocalBroker, free_port, start_local_broker
-from broker_config.mosquitto import development
+from broker_config.local import free_port
 from fedtide.wire import mqtt
 from fedtide.wire.chunks import MAX_CHUNK_BYTES, chunk_bytes
-from fedtide.wire.link import (
-    Broker,
-    Connection,
-    Delivery,
-    LinkDown,
-    PublishRefused,
-    Reconnector,
-    Session,
-    Traffic,
-    Will,
-)
+from fedtide.wire.link import Broker, LinkDown, PublishRefused, Reconnector, Traffic, Will
 from fedtide.wire.mqtt import MqttDialler, packet_bytes
 
 DEADLINE_S: Final = 20.0
-_numbers = itertools.count()
-
-Main = Callable[[], Coroutine[Any, Any, None]]
 
 
-def run(main: Main) -> None:
+def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """Run a test's coroutine; one that hangs is a failure."""
 
     async def within_the_deadline() -> None:
@@ -48,72 +43,35 @@ def run(main: Main) -> None:
     asyncio.run(within_the_deadline())
 
 
+@pytest.fixture(scope="module", params=KINDS)
+def brokers(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LinkedBroker]:
+    """Each broker, one after the other."""
+    yield from started(request.param, tmp_path_factory.mktemp(request.param))
+
+
 @pytest.fixture
 def topic() -> str:
     """A topic that no other test uses."""
-    return f"fl/1/pumps/dn/test-{next(_numbers)}"
+    return fresh_topic()
 
 
-def fresh_name() -> str:
-    """A client identifier that no other connection has: NATS hangs up on one that it has not forgotten."""
-    return f"peer-{next(_numbers)}"
-
-
-def dialler(broker: LocalBroker, traffic: Traffic | None = None) -> MqttDialler:
-    return MqttDialler(Broker(hosts=(f"{broker.host}:{broker.port}",)), traffic or Traffic())
-
-
-def session(name: str | None = None, *, persistent: bool = False, will: Will | None = None) -> Session:
-    return Session(
-        client_id=name or fresh_name(),
-        clean_start=not persistent,
-        expiry_s=60 if persistent else 0,
-        receive_maximum=32,
-        will=will,
-    )
-
-
-@asynccontextmanager
-async def connected(broker: LocalBroker, wanted: Session | None = None) -> AsyncIterator[Connection]:
-    connection = await dialler(broker)(wanted or session(), 0)
-    try:
-        yield connection
-    finally:
-        await connection.close()
-
-
-async def next_delivery(connection: Connection) -> Delivery:
-    return await anext(connection.deliveries())
-
-
-async def fails_with_link_down(waiting: Awaitable[object]) -> bool:
-    try:
-        await waiting
-    except LinkDown:
-        return True
-    return False
-
-
-def needs_prompt_redelivery(broker: LocalBroker) -> None:
-    if broker.kind == "nats":
-        pytest.skip("NATS delivers again only after its ack_wait of 30 s")
-
-
-def test_it_speaks_mqtt_5_where_the_broker_does_and_falls_back_to_3_1_1(brokers: LocalBroker) -> None:
+def test_it_speaks_mqtt_5_where_the_broker_does_and_falls_back_to_3_1_1(brokers: LinkedBroker) -> None:
     async def main() -> None:
-        dial = dialler(brokers)
+        dial = brokers.dialler()
         for _ in range(2):  # the second time it knows
             connection = await dial(session(), 0)
-            assert connection.mqtt_version == {"mosquitto": "5", "nats": "3.1.1"}[brokers.kind]
+            assert connection.mqtt_version == ("3.1.1" if brokers.kind == "nats" else "5")
             await connection.close()
 
-    run(main)
+    brokers.run(main)
 
 
 @pytest.mark.parametrize("qos", [0, 1])
 @pytest.mark.parametrize("size_bytes", [0, 1, 200, MAX_CHUNK_BYTES])
 def test_a_published_message_arrives_as_it_was(
-    brokers: LocalBroker, topic: str, size_bytes: int, qos: int
+    brokers: LinkedBroker, topic: str, size_bytes: int, qos: int
 ) -> None:
     payload = np.random.default_rng(7).bytes(size_bytes)
 
@@ -126,10 +84,10 @@ def test_a_published_message_arrives_as_it_was(
         assert (delivery.topic, delivery.payload) == (topic, payload)
         assert (delivery.qos, delivery.retained) == (qos, False)
 
-    run(main)
+    brokers.run(main)
 
 
-def test_messages_arrive_in_the_order_in_which_they_were_published(brokers: LocalBroker, topic: str) -> None:
+def test_messages_arrive_in_the_order_in_which_they_were_published(brokers: LinkedBroker, topic: str) -> None:
     async def main() -> None:
         async with connected(brokers) as sender, connected(brokers) as receiver:
             await receiver.subscribe([topic])
@@ -144,11 +102,11 @@ def test_messages_arrive_in_the_order_in_which_they_were_published(brokers: Loca
             await gathered
             assert arrived == list(range(100))
 
-    run(main)
+    brokers.run(main)
 
 
 def test_a_retained_message_waits_for_who_comes_later_until_an_empty_one_clears_it(
-    brokers: LocalBroker, topic: str
+    brokers: LinkedBroker, topic: str
 ) -> None:
     async def main() -> None:
         async with connected(brokers) as sender:
@@ -164,11 +122,11 @@ def test_a_retained_message_waits_for_who_comes_later_until_an_empty_one_clears_
                 await sender.publish(topic, b"marker")
                 assert (await next_delivery(receiver)).payload == b"marker"
 
-    run(main)
+    brokers.run(main)
 
 
 def test_more_filters_than_fit_one_packet_are_all_subscribed_and_unsubscribed(
-    brokers: LocalBroker, topic: str
+    brokers: LinkedBroker, topic: str
 ) -> None:
     names = [f"{topic}/{number}" for number in range(20)]
 
@@ -184,13 +142,13 @@ def test_more_filters_than_fit_one_packet_are_all_subscribed_and_unsubscribed(
                 await sender.publish(name, b"")
             assert (await next_delivery(receiver)).topic == topic
 
-    run(main)
+    brokers.run(main)
 
 
-def test_a_killed_broker_wakes_everyone_who_waits(brokers: LocalBroker, topic: str) -> None:
+def test_a_killed_broker_wakes_everyone_who_waits(brokers: LinkedBroker, topic: str) -> None:
     async def main() -> None:
-        connection = await dialler(brokers)(session(), 0)
-        os.kill(brokers.pid, signal.SIGSTOP)  # from here on it acknowledges nothing
+        connection = await brokers.dialler()(session(), 0)
+        brokers.pause()  # from here on it acknowledges nothing
         waiting = [
             asyncio.create_task(fails_with_link_down(each))
             for each in (
@@ -210,7 +168,7 @@ def test_a_killed_broker_wakes_everyone_who_waits(brokers: LocalBroker, topic: s
         connection.abort()  # both do nothing more
 
     try:
-        run(main)
+        brokers.run(main)
     finally:
         brokers.start()
 
@@ -238,11 +196,11 @@ def test_a_host_that_accepts_and_says_nothing_is_given_up(monkeypatch: pytest.Mo
         run(lambda: main(f"127.0.0.1:{silent.getsockname()[1]}"))
 
 
-def test_the_hosts_are_tried_in_turn(brokers: LocalBroker) -> None:
+def test_the_hosts_are_tried_in_turn(brokers: LinkedBroker) -> None:
+    if not isinstance(brokers, RealBroker):
+        pytest.skip("a broker in memory has no host")
     dead = [f"127.0.0.1:{free_port()}" for _ in range(2)]
-    settings = Broker(
-        hosts=(*dead, f"{brokers.host}:{brokers.port}"), reconnect_min_s=1e-3, reconnect_max_s=1e-3
-    )
+    settings = Broker(hosts=(*dead, brokers.address), reconnect_min_s=1e-3, reconnect_max_s=1e-3)
     failures: list[str] = []
 
     async def main() -> None:
@@ -255,13 +213,13 @@ def test_the_hosts_are_tried_in_turn(brokers: LocalBroker) -> None:
         connection = await reconnector.connect(session())
         await connection.close()
 
-    run(main)
+    brokers.run(main)
     assert len(failures) == 2
     assert all(host in failure for host, failure in zip(dead, failures, strict=True))
 
 
 def test_a_message_that_was_not_acknowledged_comes_again_on_the_next_connection(
-    brokers: LocalBroker, topic: str
+    brokers: LinkedBroker, topic: str
 ) -> None:
     needs_prompt_redelivery(brokers)
     collector = session(persistent=True)
@@ -277,10 +235,10 @@ def test_a_message_that_was_not_acknowledged_comes_again_on_the_next_connection(
             assert second.session_present
             assert (await next_delivery(second)).payload == b"update"
 
-    run(main)
+    brokers.run(main)
 
 
-def test_an_acknowledged_message_does_not_come_again(brokers: LocalBroker, topic: str) -> None:
+def test_an_acknowledged_message_does_not_come_again(brokers: LinkedBroker, topic: str) -> None:
     collector = session(persistent=True)
 
     async def main() -> None:
@@ -297,10 +255,10 @@ def test_an_acknowledged_message_does_not_come_again(brokers: LocalBroker, topic
             second.acknowledge(delivery)
             await second.unsubscribe([topic, f"{topic}/other"])
 
-    run(main)
+    brokers.run(main)
 
 
-def test_acknowledging_on_a_lost_connection_does_nothing(brokers: LocalBroker, topic: str) -> None:
+def test_acknowledging_on_a_lost_connection_does_nothing(brokers: LinkedBroker, topic: str) -> None:
     needs_prompt_redelivery(brokers)
     collector = session(persistent=True)
 
@@ -317,14 +275,14 @@ def test_acknowledging_on_a_lost_connection_does_nothing(brokers: LocalBroker, t
         async with connected(brokers, collector) as third:
             assert (await next_delivery(third)).payload == b"update"
 
-    run(main)
+    brokers.run(main)
 
 
-def test_the_will_is_published_and_retained_after_an_abort(brokers: LocalBroker, topic: str) -> None:
+def test_the_will_is_published_and_retained_after_an_abort(brokers: LinkedBroker, topic: str) -> None:
     async def main() -> None:
         async with connected(brokers) as watcher:
             await watcher.subscribe([topic])
-            device = await dialler(brokers)(session(will=Will(topic, b"offline")), 0)
+            device = await brokers.dialler()(session(will=Will(topic, b"offline")), 0)
             device.abort()
             assert (await next_delivery(watcher)).payload == b"offline"
         async with connected(brokers) as later:
@@ -332,30 +290,30 @@ def test_the_will_is_published_and_retained_after_an_abort(brokers: LocalBroker,
             delivery = await next_delivery(later)
             assert (delivery.payload, delivery.retained) == (b"offline", True)
 
-    run(main)
+    brokers.run(main)
 
 
-def test_no_will_is_published_after_a_goodbye(brokers: LocalBroker, topic: str) -> None:
+def test_no_will_is_published_after_a_goodbye(brokers: LinkedBroker, topic: str) -> None:
     async def main() -> None:
         async with connected(brokers) as watcher:
             await watcher.subscribe([topic])
-            polite = await dialler(brokers)(session(will=Will(topic, b"polite is gone")), 0)
+            polite = await brokers.dialler()(session(will=Will(topic, b"polite is gone")), 0)
             await polite.publish(topic, b"goodbye")
             await polite.close()
-            rude = await dialler(brokers)(session(will=Will(topic, b"rude is gone")), 0)
+            rude = await brokers.dialler()(session(will=Will(topic, b"rude is gone")), 0)
             rude.abort()
             assert [(await next_delivery(watcher)).payload for _ in range(2)] == [b"goodbye", b"rude is gone"]
 
-    run(main)
+    brokers.run(main)
 
 
 def test_traffic_is_counted_in_bytes_of_publish_packets_over_all_connections(
-    brokers: LocalBroker, topic: str
+    brokers: LinkedBroker, topic: str
 ) -> None:
     async def main() -> None:
         sent, received = Traffic(), Traffic()
-        sender = await dialler(brokers, sent)(session(), 0)
-        receiver = await dialler(brokers, received)(session(), 0)
+        sender = await brokers.dialler(sent)(session(), 0)
+        receiver = await brokers.dialler(received)(session(), 0)
         await receiver.subscribe([topic])
         await sender.publish(topic, bytes(300))
         receiver.acknowledge(await next_delivery(receiver))
@@ -367,10 +325,10 @@ def test_traffic_is_counted_in_bytes_of_publish_packets_over_all_connections(
         await sender.close()
         await receiver.close()
 
-    run(main)
+    brokers.run(main)
 
 
-def test_a_cancelled_wait_leaves_the_connection_usable(brokers: LocalBroker, topic: str) -> None:
+def test_a_cancelled_wait_leaves_the_connection_usable(brokers: LinkedBroker, topic: str) -> None:
     async def main() -> None:
         async with connected(brokers) as connection:
             for _ in range(100):  # more than can be under way at once
@@ -384,22 +342,19 @@ def test_a_cancelled_wait_leaves_the_connection_usable(brokers: LocalBroker, top
             while b"still here" not in payloads:
                 payloads.add((await next_delivery(connection)).payload)
 
-    run(main)
+    brokers.run(main)
 
 
-@pytest.fixture(scope="module")
-def frugal(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A mosquitto that takes packets of at most 20,000 bytes, and says so."""
-    directory, port = tmp_path_factory.mktemp("frugal"), free_port()
-    lines = development(port, state=directory / "state", run_as="root" if os.geteuid() == 0 else None)
-    config = "\n".join(line for line in lines.splitlines() if not line.startswith("max_packet_size"))
-    with start_local_broker(directory, "mosquitto", f"{config}\nmax_packet_size 20000\n", port) as started:
-        yield started
+@pytest.fixture(scope="module", params=WITH_LIMITS)
+def frugal(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LinkedBroker]:
+    """A broker that takes packets of at most 20,000 bytes, and says so."""
+    yield from started(request.param, tmp_path_factory.mktemp("frugal"), max_packet=20_000)
 
 
-@pytest.mark.mosquitto
 def test_a_message_larger_than_the_broker_announced_is_refused_and_the_connection_lives(
-    frugal: LocalBroker, topic: str
+    frugal: LinkedBroker, topic: str
 ) -> None:
     async def main() -> None:
         async with connected(frugal) as connection:
@@ -410,4 +365,4 @@ def test_a_message_larger_than_the_broker_announced_is_refused_and_the_connectio
             await connection.publish(topic, bytes(chunk_bytes(connection.max_packet_bytes)))
             assert len((await next_delivery(connection)).payload) == 18_976  # 20,000 - 1,024
 
-    run(main)
+    frugal.run(main)

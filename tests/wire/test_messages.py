@@ -205,7 +205,52 @@ def test_a_golden_plan_is_still_read() -> None:
 def test_no_golden_file_is_left_over() -> None:
     wanted = {type(message).__name__ for message in MESSAGES}
     wanted |= {f"{sealed.name}.sealed" for sealed in SEALED} | {"update.envelope", "plan.sealed"}
-    assert {file.name.removesuffix(".bin") for file in GOLDEN.iterdir()} == wanted
+    assert {file.name.removesuffix(".bin") for file in GOLDEN.glob("*.bin")} == wanted
+    earlier = {f"{name}{end}" for name in EARLIER for end in ("", ".sealed")}
+    assert {file.name.removesuffix(".bin") for file in GOLDEN.glob("earlier/*")} == earlier
+
+
+EARLIER: Final = {
+    "CoordinatorState": msgspec.structs.replace(STATE, run="", spread_s=0.0),
+    "Receipt": msgspec.structs.replace(RECEIPT, epoch=0, highest=0),
+    "MissingChunks": msgspec.structs.replace(MISSING, epoch=0),
+}
+"""What the bytes in ``earlier`` say, which builds sent before these messages grew."""
+
+
+@pytest.mark.parametrize("name", EARLIER)
+def test_messages_of_builds_that_knew_fewer_fields_are_still_read(name: str) -> None:
+    expected = EARLIER[name]
+    assert frame.from_frame(golden(f"earlier/{name}"), type(expected)) == expected
+    (domain,) = (each.domain for each in SEALED if each.name == name)
+    sealed = golden(f"earlier/{name}.sealed")
+    assert unseal(sealed, type(expected), COORDINATOR_KEY.public, domain) == expected
+
+
+@every_message
+def test_fields_of_a_newer_build_pass_unread(message: Message) -> None:
+    content = msgpack.unpackb(frame.pack(message), strict_map_key=False)
+    if isinstance(content, list):
+        content.append({"a newer": "field"})
+    else:
+        content = {"a newer field": [1, 2, 3], **content, "another": None}
+    assert frame.unpack(msgpack.packb(content), type(message)) == message
+
+
+@every_message
+def test_fields_that_an_older_build_does_not_know_take_their_defaults(message: Message) -> None:
+    kind, content = type(message), msgpack.unpackb(frame.pack(message), strict_map_key=False)
+    fields = msgspec.structs.fields(message)
+    optional = {field.name for field in fields if not field.required}
+    if isinstance(content, list):
+        older = msgpack.packb(content[: len(fields) - len(optional)])
+    else:
+        names = {field.encode_name for field in fields if not field.required}
+        older = msgpack.packb({name: value for name, value in content.items() if name not in names})
+    read = frame.unpack(older, kind)
+    for field in fields:
+        sent = getattr(message, field.name)
+        assert (getattr(read, field.name) == sent) == field.required, field.name
 
 
 def test_newer_heads_compare_greater_by_epoch_and_then_by_version() -> None:

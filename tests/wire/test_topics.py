@@ -112,9 +112,9 @@ def test_devices_write_only_what_is_theirs() -> None:
     assert all(topic.template.endswith("{device}") for topic in written)
 
 
-def test_what_a_new_device_must_find_is_retained_and_metrics_alone_may_be_lost() -> None:
+def test_what_a_new_device_must_find_is_retained_and_only_metrics_and_receipts_may_be_lost() -> None:
     assert {topic for topic in TOPICS if topic.retained} == {COORDINATOR, HEAD, BLOB_CHUNK, PRESENCE}
-    assert {topic for topic in TOPICS if topic.qos == 0} == {EVENT}
+    assert {topic for topic in TOPICS if topic.qos == 0} == {EVENT, DOWN}
 
 
 def test_a_devices_shard_is_the_crc32_of_its_id_modulo_the_number_of_shards() -> None:

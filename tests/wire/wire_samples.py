@@ -70,13 +70,21 @@ INDEX: Final = DeltaIndex(
     (IndexRow(ModelVersion(32), 500, b"i" * 16),),
 )
 STATE: Final = CoordinatorState(
-    fleet=FLEET, epoch=Epoch(3), online=True, protocol_min=1, protocol_max=2, shards=4
+    fleet=FLEET,
+    epoch=Epoch(3),
+    run="0123456789abcdef",
+    online=True,
+    protocol_min=1,
+    protocol_max=2,
+    shards=4,
+    spread_s=2.5,
 )
 CHUNK: Final = UpdateChunk(
     counter=Counter(2**53), digest=b"d" * 32, size_bytes=300, index=1, count=3, content=b"\x00\xff chunk"
 )
 RECEIPT: Final = Receipt(
     device=DEVICE,
+    epoch=Epoch(3),
     counter=Counter(2**53),
     digest=b"d" * 32,
     verdict=Verdict.REJECTED,
@@ -84,8 +92,11 @@ RECEIPT: Final = Receipt(
     detail="17 versions old; at most 16",
     version=ModelVersion(58),
     retry_after_s=1.5,
+    highest=Counter(2**53 + 1),
 )
-MISSING: Final = MissingChunks(device=DEVICE, counter=Counter(2**53), digest=b"d" * 32, indexes=(0, 2, 200))
+MISSING: Final = MissingChunks(
+    device=DEVICE, epoch=Epoch(3), counter=Counter(2**53), digest=b"d" * 32, indexes=(0, 2, 200)
+)
 RESYNC: Final = Resync(device=DEVICE)
 PRESENCE: Final = Presence(
     online=True,

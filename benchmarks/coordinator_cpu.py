@@ -154,7 +154,7 @@ class WholePath:
 
 def whole_path(case: Case, batches: int, directory: Path | None) -> WholePath:
     """Take ``batches`` batches; ``directory``: where to journal, None: nowhere."""
-    journal = Journal(directory / "journal.sqlite") if directory else None
+    journal = Journal(directory / "journal") if directory else None
     pipeline = Pipeline(case, journal)
     counters = itertools.count(1)
     path_ms, hash_ms = [], []

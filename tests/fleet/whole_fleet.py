@@ -3,16 +3,18 @@
 import asyncio
 import contextlib
 import os
-import sqlite3
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from coordinator import status
+from coordinator.accounting import APPLIED
+from coordinator.journal import History
 from coordinator.model_state import initial_state
 from coordinator.plan.file import load
 from coordinator.recovery import base_parameters, recover
@@ -87,7 +89,7 @@ class WholeFleet:
         name: of its own, so that tests which share a broker do not share a fleet.
         directory: the coordinator's.
         key: the coordinator's public key.
-        port: the broker's.
+        port: where devices find the broker.
         devices: enrolled simulated devices.
     """
 
@@ -127,14 +129,17 @@ class WholeFleet:
         return status.read(self.directory.status_file)
 
 
-def make_fleet(path, digits, port, *, devices, goal=3, seconds_per_update=0.05, more=""):
-    """A fleet whose devices share the training examples; ``more`` is added to ``coordinator.toml``."""
+def make_fleet(path, digits, port, *, devices, goal=3, seconds_per_update=0.05, more="", devices_port=None):
+    """A fleet whose devices share the training examples; ``more`` is added to ``coordinator.toml``.
+
+    Devices find the broker on ``devices_port``, if that is another than the coordinator's.
+    """
     name = FleetId(f"digits-{next(_NUMBERS)}")
     directory, key = create(path / "fleet", NewFleet(fleet=name, broker=f"127.0.0.1:{port}"))
     directory.settings_file.write_text(SETTINGS.format(fleet=name, port=port, goal=goal, more=more))
     (directory.path / "model.plan").write_bytes(digits.plan.read_bytes())
     np.savez(directory.path / "held-out.npz", x=digits.held_out.inputs[0], y=digits.held_out.targets)
-    fleet = WholeFleet(name, directory, key, port)
+    fleet = WholeFleet(name, directory, key, port if devices_port is None else devices_port)
     for number in range(devices):
         part = digits.train.rows(np.arange(number, len(digits.train), devices))
         fleet.add_device(f"device-{number}", part, seconds_per_update, path / "devices" / str(number))
@@ -142,9 +147,9 @@ def make_fleet(path, digits, port, *, devices, goal=3, seconds_per_update=0.05, 
 
 
 @contextlib.asynccontextmanager
-async def simulated(fleet, seed=0):
+async def simulated(fleet, seed=0, kind=SimulatedFleet):
     """The fleet's devices, running."""
-    devices = SimulatedFleet(fleet.devices, seed)
+    devices = kind(fleet.devices, seed)
     running = asyncio.create_task(devices.run())
     try:
         yield devices
@@ -193,11 +198,14 @@ class Witness:
     """Hears every receipt the coordinator sends, whoever it is for, over all connections.
 
     Attributes:
+        fleet: whose receipts.
+        port: the broker's; None: where the devices find it.
         receipts: those signed by the coordinator, in order.
         unsigned: messages on receipt topics that were not.
     """
 
     fleet: WholeFleet
+    port: int | None = None
     receipts: list[Receipt] = field(default_factory=list)
     unsigned: int = 0
 
@@ -221,8 +229,11 @@ class Witness:
             await asyncio.gather(task, return_exceptions=True)
 
     async def _listen(self, subscribed):
-        dial = MqttDialler(self.fleet.broker, Traffic())
-        reconnector = Reconnector(dial, self.fleet.broker, np.random.default_rng(0), lambda *_: None)
+        broker = self.fleet.broker
+        if self.port is not None:
+            broker = msgspec.structs.replace(broker, hosts=(f"127.0.0.1:{self.port}",))
+        dial = MqttDialler(broker, Traffic())
+        reconnector = Reconnector(dial, broker, np.random.default_rng(0), lambda *_: None)
         while True:
             connection = await reconnector.connect(Session("witness", True, 0, 32, None))
             try:
@@ -304,14 +315,7 @@ def audited(fleet):
 
 def applied_in_journal(fleet):
     """How many updates another process finds in the journal right now."""
-    path = fleet.directory.state / "journal.sqlite"
-    if not path.exists():
-        return 0
-    with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
-        try:
-            return database.execute("SELECT count(*) FROM entries WHERE kind = 'update'").fetchone()[0]
-        except sqlite3.OperationalError:
-            return 0  # it is being made
+    return History(fleet.directory.state / "journal").totals().get(APPLIED, 0)
 
 
 def assert_balanced(updates):

@@ -17,6 +17,7 @@ from edge_agent.settings import KEPT_FILE, MODELS_DIRECTORY
 from fedtide.cli import command
 from fedtide.cli.predict import probabilities
 from fedtide.wire.chunks import blob_ref
+from fedtide.wire.disk import UNSYNCED_DISK
 from fedtide.wire.messages import CodecRequest, Head, Release
 from fedtide.wire.parameters import fingerprint, to_bytes
 from fedtide.wire.plan import Plan, seal_plan
@@ -47,7 +48,7 @@ class Device:
             f'fleet = "pumps"\ndevice = "pump-7"\ncoordinator_key = "{KEY.public}"\n'
             'key = "device.key"\nstate = "state"\n[data]\nkind = "npz"\npath = "examples.npz"\n'
         )
-        self.slots = ModelSlots(self.path / "state" / MODELS_DIRECTORY, KEY.public, sync=False)
+        self.slots = ModelSlots(self.path / "state" / MODELS_DIRECTORY, KEY.public, UNSYNCED_DISK)
 
     @property
     def settings(self):
@@ -177,7 +178,7 @@ def test_a_devices_own_statistics_are_used_where_the_plan_says_so(tmp_path, cnn)
     before = model.predict(images)
     assert np.array_equal(model.parameters, parameters(device.plan, 1))
     own = tuple(np.full([*tensor.shape], 2.5, np.float32) for tensor, _ in own_tensors(manifest))
-    KeptFile(tmp_path / "state" / KEPT_FILE, sync=False).keep(device.plan, Kept(statistics=own))
+    KeptFile(tmp_path / "state" / KEPT_FILE, UNSYNCED_DISK).keep(device.plan, Kept(statistics=own))
     assert model.refresh()
     for tensor, place in manifest.schema.slices():
         expected = 2.5 if tensor.name.startswith("b.") else parameters(device.plan, 1)[place]

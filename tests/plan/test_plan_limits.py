@@ -205,3 +205,14 @@ def test_an_agent_ends_itself_when_a_plan_does_not_stop_and_leaves_it_alone_then
     with pytest.raises(PlanRefused, match="takes too long for this device; the plan is not tried again"):
         PlanTrial(note).check(plan.id)
     PlanTrial(note).check(line_plan().id)
+
+
+def test_an_agent_ends_itself_even_if_the_disk_does_not_take_the_note(tmp_path):
+    note = tmp_path / "no such directory" / "plan-trial"
+    call = f"end_process(Path({str(note)!r}), PlanId('aa'), 'it does not stop')"
+    script = f"from fedtide.assembly import *; {call}"
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, check=False, text=True, timeout=60
+    )
+    assert ended.returncode == 70, ended.stderr
+    assert "it does not stop; the agent ends itself" in ended.stderr

@@ -11,6 +11,7 @@ from edge_agent.plan_runtime import Trainer
 from edge_agent.readings import Channel
 from edge_agent.sensor_listener import Listening, SensorListener
 from edge_agent.window_ring import read_ring
+from fedtide.wire.disk import UNSYNCED_DISK
 from fedtide.wire.link import Broker, Session, Traffic
 from fedtide.wire.mqtt import MqttDialler
 
@@ -33,7 +34,7 @@ async def publish_and_listen(source, broker):
     listening = Listening(
         source.sampling, broker, "listener", source.path, source.layout, source.max_bytes, source.flush_s
     )
-    listener = SensorListener(listening, dial, np.random.default_rng(1), sync=False)
+    listener = SensorListener(listening, dial, np.random.default_rng(1), UNSYNCED_DISK)
     task = asyncio.create_task(listener.run())
     sensor = await dial(Session("sensor", clean_start=True, expiry_s=0, receive_maximum=8, will=None), 0)
     try:

@@ -31,6 +31,8 @@ _FIELDS: Final = struct.Struct(f"<4s{LAYOUT_BYTES}sIQ")
 _CRC: Final = struct.Struct("<I")
 _HEADER_BYTES: Final = _FIELDS.size + _CRC.size
 _SUFFIX: Final = ".windows"
+_NAME_DIGITS: Final = 20
+_MOST_POSITIONS: Final = 1 << 63
 _SEGMENTS: Final = 8  # so many are kept; an eighth of the windows goes at a time
 
 
@@ -161,11 +163,11 @@ class WindowRing:
             appending.close()
         self._segments[-1] = replace(segment, count=segment.count + len(windows))
 
-    def _begin_segment(self) -> None:
+    def _begin_segment(self, after: int = 0) -> None:
         full_bytes = _HEADER_BYTES + self._segment_windows * self._layout.record_bytes
         self._remove_oldest(full_bytes, keep=1)  # never the newest before the next is there: it has the count
-        first = self.total + 1
-        path = self._directory / f"{first:020d}{_SUFFIX}"
+        first = max(self.total, after) + 1
+        path = self._directory / f"{first:0{_NAME_DIGITS}d}{_SUFFIX}"
         write_durably(self._disk, path, _header(self._layout, first))
         self._segments.append(_Segment(path, self._layout, first, 0))
         self._remove_oldest(full_bytes - _HEADER_BYTES, keep=1)
@@ -181,13 +183,18 @@ class WindowRing:
         names = self._disk.names(self._directory)
         for unfinished in (name for name in names if name.endswith(f"{_SUFFIX}.new")):
             self._disk.remove(self._directory / unfinished)
+        lost = 0
         for path in (self._directory / name for name in names if name.endswith(_SUFFIX)):
-            segment = _opened(path, self._disk.read(path))
+            content = self._disk.read(path)
+            segment = _opened(path, content)
             if segment is None:
+                lost = max(lost, _last_by_name(path, content, self._layout))
                 log.error("%s is damaged and was removed", path, extra={"event": "ring.damaged"})
                 self._disk.remove(path)
             else:
                 self._segments.append(segment)
+        if lost > self.total:  # no position comes again: what was trained on is known by its position
+            self._begin_segment(lost)
         if not self._segments:
             return
         newest = self._segments[-1]
@@ -274,6 +281,13 @@ def _opened(path: Path, content: bytes) -> _Segment | None:
         return None
     good = _records(segment, content).good
     return replace(segment, count=int(np.flatnonzero(good)[-1]) + 1 if good.any() else 0)
+
+
+def _last_by_name(path: Path, content: bytes, layout: Layout) -> int:
+    """The last position in a segment whose header is damaged, by the file's name and size; 0: not known."""
+    if len(path.stem) != _NAME_DIGITS or not path.stem.isdecimal() or int(path.stem) >= _MOST_POSITIONS:
+        return 0
+    return int(path.stem) - 1 + max(0, len(content) - _HEADER_BYTES) // layout.record_bytes
 
 
 def _parsed(path: Path, content: bytes) -> _Segment | None:

@@ -57,6 +57,7 @@ class Journal(History):
     Attributes:
         since_entries: entries since the last snapshot.
         since_bytes: bytes since then.
+        since_versions: versions offered since then, in this run.
         snapshot_bytes: how long that was; 0 where there is none.
 
     Raises:
@@ -72,7 +73,7 @@ class Journal(History):
         self._ends = 0
         self._path = directory
         self._length = self._chain = self._salt = 0
-        self.since_entries = self.since_bytes = self.snapshot_bytes = 0
+        self.since_entries = self.since_bytes = self.since_versions = self.snapshot_bytes = 0
         self._oldest_bases: deque[ModelVersion] | None = None
         with storing(directory, "making the journal's directory"):
             disk.make_directory(directory)
@@ -121,6 +122,7 @@ class Journal(History):
         for record in batch.records:
             self.ledger.fold(record)
             self.since_entries += isinstance(record, Entry)
+            self.since_versions += isinstance(record, VersionPublished)
         self._note_end()
         self._failed = None
 
@@ -275,7 +277,7 @@ class Journal(History):
             self._log.close()
         self._log = self._disk.open_log(path)
         self._path, self._length, self._chain, self._salt = path, HEADER_BYTES, header.chain, header.salt
-        self.since_entries = self.since_bytes = 0
+        self.since_entries = self.since_bytes = self.since_versions = 0
         self._segments.append(header.first)
         self._note_end()
 

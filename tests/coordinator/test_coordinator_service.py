@@ -12,7 +12,7 @@ from simulated_disk import SimulatedDisk, full
 from small_fleet import DEVICES, PLAN, constant, device_key, make_settings, make_update
 
 from coordinator import status
-from coordinator.aggregation import FedBuff
+from coordinator.aggregation import FedAsync, FedBuff
 from coordinator.entries import UpdateEntry
 from coordinator.journal import History, StorageFailed
 from coordinator.recovery import recover
@@ -579,3 +579,23 @@ def test_a_model_file_that_is_damaged_is_made_again_and_never_offered(tmp_path, 
     again = run(tmp_path, make(), nothing).heads()[-1]
     assert (again.version, again.parameters_sha256) == (1, offered.parameters_sha256)
     assert file.read_bytes()[-32:] == whole[-32:]
+
+
+def test_with_an_aggregator_that_needs_bases_the_models_on_disk_are_bounded_too(tmp_path):
+    """A version stays while a replay may need it: snapshots come often enough that this is not for long."""
+
+    async def scenario(fleet, _running):
+        for counter in range(1, 21):
+            fleet.send(update(counter))
+            await fleet.connection.until(lambda counter=counter: fleet.heads()[-1].version == counter)
+
+    settings = msgspec.structs.replace(
+        make(),
+        aggregator=FedAsync(mixing=0.5),
+        publish=Publish(min_interval_s=0.0, format="float32", keep_versions=2),
+        staleness=Constant(),
+        update=Update(),
+    )
+    settings = msgspec.structs.replace(settings, publish=msgspec.structs.replace(settings.publish))
+    run(tmp_path, settings, scenario)
+    assert len(list((tmp_path / "state" / "models").iterdir())) <= 2 + 2 * 3

@@ -216,6 +216,17 @@ def test_a_flipped_bit_costs_its_window_or_its_segment_and_nothing_else(
     assert size_of(directory) <= EIGHT_SEGMENTS_OF_FIVE
 
 
+def test_positions_do_not_come_again_when_the_newest_header_is_damaged(tmp_path: Path) -> None:
+    ring_in(tmp_path).append(numbered(1, 9))
+    newest = max(tmp_path.iterdir())
+    newest.write_bytes(b"?" + newest.read_bytes()[1:])
+    ring = ring_in(tmp_path)
+    assert ring.total == 9
+    ring.append(numbered(10, 1))
+    assert positions(tmp_path) == [1, 2, 3, 4, 5, 10]
+    assert ring_in(tmp_path).total == 10
+
+
 def test_files_of_others_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     ring_in(tmp_path).append(numbered(1, 100))

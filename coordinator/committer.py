@@ -282,7 +282,10 @@ class Committer:
 
     def _snapshot_due(self) -> bool:
         journal, bounds = self._recovered.journal, self._settings.journal
-        if self._settings.aggregator.needs_base and journal.since_versions >= self._settings.publish.keep_versions:
+        if (
+            self._settings.aggregator.needs_base
+            and journal.since_versions >= self._settings.publish.keep_versions
+        ):
             return True  # the files of versions stay as long as a replay may need them as bases
         return journal.since_entries >= bounds.snapshot_every_updates or journal.since_bytes >= max(
             bounds.snapshot_every_bytes, journal.snapshot_bytes

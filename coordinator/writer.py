@@ -169,9 +169,7 @@ class Writer:
             rejection = admitted
         fact = Rejected(header.device, header.counter, rejection.reason, rejection.detail)
         draft.records.append(fact)
-        self.marks[header.device] = after_rejected(
-            mark, fact.device, fact.counter, fact.reason, fact.detail
-        )
+        self.marks[header.device] = after_rejected(mark, fact.device, fact.counter, fact.reason, fact.detail)
         return rejection
 
     def _fold(self, arrived: Arrived, admitted: Admitted) -> Rejection | None:
@@ -198,9 +196,7 @@ class Writer:
             return Rejection(Reason.UNKNOWN_BASE, detail)
         # What fails from here on ends the coordinator, with the note that this was being read.
         self.contributors.note(ModelVersion(self.state.version + 1), header.device)
-        self._go_on(
-            fold_update(self.state, delta, admitted.staleness_weight, admitted.importance, base)
-        )
+        self._go_on(fold_update(self.state, delta, admitted.staleness_weight, admitted.importance, base))
         self._watch.ends()
         return None
 

@@ -142,7 +142,7 @@ class Assembler:
         Raises:
             FrameTooLarge: the envelope would be larger than accepted.
             MalformedFrame: a size or a hash that no blob has.
-            BlobMismatch: the chunks that are here are not the announced bytes; nobody knows which one is wrong.
+            BlobMismatch: the chunks here are not the announced bytes; nobody knows which one is wrong.
         """
         if chunk.size_bytes > self._max_envelope_bytes:
             raise FrameTooLarge(chunk.size_bytes, self._max_envelope_bytes)

@@ -586,16 +586,15 @@ def test_with_an_aggregator_that_needs_bases_the_models_on_disk_are_bounded_too(
 
     async def scenario(fleet, _running):
         for counter in range(1, 21):
-            fleet.send(update(counter))
+            newest = fleet.heads()[-1]
+            base = {"base_version": newest.version, "base_sha256": newest.parameters_sha256}
+            fleet.send(update(counter, **base))
             await fleet.connection.until(lambda counter=counter: fleet.heads()[-1].version == counter)
 
     settings = msgspec.structs.replace(
         make(),
         aggregator=FedAsync(mixing=0.5),
         publish=Publish(min_interval_s=0.0, format="float32", keep_versions=2),
-        staleness=Constant(),
-        update=Update(),
     )
-    settings = msgspec.structs.replace(settings, publish=msgspec.structs.replace(settings.publish))
     run(tmp_path, settings, scenario)
     assert len(list((tmp_path / "state" / "models").iterdir())) <= 2 + 2 * 3

@@ -185,7 +185,7 @@ import numpy as np
 from test_plan_limits import BASE, EXAMPLES, TRAINING, Limits, line_plan, products
 from edge_agent.plan_runtime import Trainer
 from fedtide.assembly import end_process
-plan = line_plan(**products(2, 4000), limits=Limits(step_deadline_s=0.15))
+plan = line_plan(**products(1, 4500), limits=Limits(step_deadline_s=0.25))
 give_up = lambda reason: end_process(Path({note!r}), plan.id, reason)
 Trainer(plan, give_up=give_up).run_epochs(BASE, EXAMPLES, TRAINING, np.random.default_rng(1))
 """
@@ -201,7 +201,7 @@ def test_an_agent_ends_itself_when_a_plan_does_not_stop_and_leaves_it_alone_then
     )
     assert ended.returncode == 70, ended.stderr
     assert "one operator of it takes too long for this device; the agent ends itself" in ended.stderr
-    plan = line_plan(**products(2, 4000), limits=Limits(step_deadline_s=0.15))
+    plan = line_plan(**products(1, 4500), limits=Limits(step_deadline_s=0.25))
     with pytest.raises(PlanRefused, match="takes too long for this device; the plan is not tried again"):
         PlanTrial(note).check(plan.id)
     PlanTrial(note).check(line_plan().id)

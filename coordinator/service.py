@@ -234,7 +234,10 @@ class CoordinatorService:
         except asyncio.CancelledError:
             await self._leave(committing)
         except Fenced as fenced:
-            leave_note(self._state_directory, fenced, self._recovered.disk)
+            try:
+                leave_note(self._state_directory, fenced, self._recovered.disk)
+            except OSError as error:  # on a full disk: it ends all the same, and says why
+                log.warning("No note of it could be left: %s", error, extra={"event": "coordinator.fenced"})
             raise
         finally:
             for task in (committing, *running):

@@ -179,12 +179,12 @@ class Agent:
         finally:
             keeping.cancel()
             await asyncio.wait([keeping])
-        if not keeping.cancelled():
-            keeping.result()  # a failure of our own
         if rest_s is None:
             self._trained_version = None
         else:
             self._rest_until = self._clock.now() + rest_s
+        if not keeping.cancelled():
+            keeping.result()  # a failure of our own, or of the disk
 
     def _look_again_in_s(self) -> float | None:
         """Seconds until time alone may change whether a head is wanted; None: it will not."""

@@ -178,7 +178,8 @@ async def apart_for(fleet: Fleet, seconds: float) -> None:
     await fleet.sleep(200.0)  # what was under way has arrived, and connections are given up
     before = fleet.broker.counts.published
     await fleet.sleep(seconds - 200.0)
-    assert fleet.broker.counts.published == before
+    # The coordinator offers its version again, ever more rarely: a head and some chunks, hourly in the end.
+    assert fleet.broker.counts.published - before <= 5 * (1 + seconds / 3600.0)
 
 
 def test_f15_apart_for_minutes_and_everybody_back_at_once(tmp_path: Path) -> None:

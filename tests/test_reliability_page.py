@@ -5,12 +5,17 @@ import re
 from functools import cache
 from pathlib import Path
 
+import msgspec
 import pytest
+
+from coordinator.rollback import Rollback
+from coordinator.settings import Journal, Pacing, Share
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "reliability.md").read_text()
 ROW = re.compile(r"^\| F(?P<number>\d+) \|(?P<rest>.*)\|$", re.MULTILINE)
 ROWS = {int(match["number"]): match["rest"] for match in ROW.finditer(PAGE)}
+TABLES = msgspec.toml.decode(PAGE.split("```toml")[1].split("```")[0])
 NAMED = re.compile(r"`(?P<file>tests/[\w/]+\.py)(?:::(?P<test>\w+))?`")
 
 
@@ -36,3 +41,13 @@ def test_a_row_names_tests_that_are_there(number: int) -> None:
 def test_every_file_that_the_page_names_elsewhere_is_there() -> None:
     for match in NAMED.finditer(PAGE):
         assert (ROOT / match["file"]).exists(), match[0]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("journal", Journal), ("pacing", Pacing), ("share", Share)])
+def test_the_settings_shown_are_the_defaults(name: str, kind: type) -> None:
+    assert msgspec.convert(TABLES[name], kind) == kind()
+
+
+def test_the_rollback_shown_is_one() -> None:
+    assert msgspec.convert(TABLES["rollback"], Rollback).loss_factor == 2.0
+    assert set(TABLES) == {"journal", "pacing", "share", "rollback"}

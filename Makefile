@@ -1,6 +1,6 @@
 # Everything a newcomer or a developer needs. Each target sets up what it uses and can be run again.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long fuzz defects bench check format clean broker
+.PHONY: help demo test test-long fuzz defects simulate bench check format clean broker
 
 PYTHON ?= python3
 VENV   := .venv

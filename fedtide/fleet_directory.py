@@ -210,6 +210,18 @@ codec = {codec:<24} # {codecs}
 # loss_factor = 2.0              # of the lowest loss so far; or metric_drop, metric_rise
 # patience = 2                   # so many in a row; a loss that is not finite leads back at once
 
+# [journal]
+# keep_bytes = 4294967296        # of disk; the oldest history goes first
+# snapshot_every_updates = 1000  # a restart reads one snapshot and what came after it
+
+# [pacing]                       # of a fleet that comes back at one moment
+# share = 0.5                    # of the updates a second that are sustained, as measured
+# longest_s = 600.0              # no device is told to wait longer
+
+# [share]                        # of one device, in messages; what is over is dropped unread
+# messages_per_s = 50.0
+# burst_messages = 1000
+
 # [federated]                    # the mean of what devices find on the examples they hold out
 # max_age_versions = 20
 

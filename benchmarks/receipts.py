@@ -27,10 +27,11 @@ import numpy as np
 from report import Target, own_cpu_seconds, peak_rss_mb, print_report
 
 from coordinator.aggregation import FedBuff
-from coordinator.committer import Committer, JournalThread, Waiting
+from coordinator.committer import Committer, JournalThread
 from coordinator.entries import UpdateEntry
 from coordinator.intake import Intake
 from coordinator.journal import Journal, Published
+from coordinator.line import Waiting
 from coordinator.plan.file import BuiltPlan
 from coordinator.recovery import base_parameters, recover
 from coordinator.settings import CoordinatorSettings

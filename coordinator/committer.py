@@ -14,8 +14,8 @@ from typing import TypeVar
 import msgspec
 
 from coordinator.accounting import DUPLICATE, REJECTED, Accounting
-from coordinator.intake import Arrived, Refused
 from coordinator.journal import Batch, Counted
+from coordinator.line import Line, Waiting
 from coordinator.pace import Pacer
 from coordinator.recovery import Recovered
 from coordinator.settings import CoordinatorSettings
@@ -33,20 +33,6 @@ from fedtide.wire.steps import Step, reached
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Waiting:
-    """Something that arrived and waits to be judged."""
-
-    arrival: Arrived | Refused
-    delivery: Delivery
-    connection: Connection
-
-    @property
-    def size_bytes(self) -> int:
-        """Of the update, or of the message where it is none."""
-        return len(self.arrival.raw if isinstance(self.arrival, Arrived) else self.delivery.payload)
 
 
 @dataclass(frozen=True)
@@ -108,9 +94,7 @@ class Committer:
         self.staleness: Tally[int] = Tally()
         self.committed = writer.state
         self.pacer = Pacer(settings.pacing)
-        self._waiting: list[Waiting] = []
-        self._waiting_bytes = 0
-        self._in_line: dict[DeviceId, Waiting] = {}
+        self._line = Line(settings.journal)
         self._dropped: Tally[str] = Tally()
         self._count_due = False
         self._resets: list[_Reset] = []
@@ -124,10 +108,7 @@ class Committer:
         if self._over:
             return
         self.accounting.arrived()
-        if isinstance(waiting.arrival, Arrived):
-            self._in_line.setdefault(waiting.arrival.envelope.header.device, waiting)
-        self._waiting.append(waiting)
-        self._waiting_bytes += waiting.size_bytes
+        self._line.put(waiting)
         self._work.set()
 
     def turn_away_behind(self, device: DeviceId, delivery: Delivery, connection: Connection) -> bool:
@@ -138,7 +119,7 @@ class Committer:
         Returns:
             Whether one waits.
         """
-        first = self._in_line.get(device)
+        first = self._line.first_of(device)
         # One that came over a lost connection will be answered there, which is nowhere.
         if first is None or first.connection is not connection:
             return False
@@ -155,7 +136,7 @@ class Committer:
 
     async def room(self) -> None:
         """Wait until less than a batch waits: nothing else keeps floods or large updates from piling up."""
-        while self._is_full() and not self._over:
+        while self._line.is_full and not self._over:
             self._judged.clear()
             await self._judged.wait()
 
@@ -225,45 +206,22 @@ class Committer:
                 reset.done.set_result(version)
 
     async def _drain(self) -> None:
-        while self._waiting:
-            part = self._next_part()
+        while self._line:
+            part = self._line.next_part()
             began = self._clock.now()
             judged = self._writer.judge([waiting.arrival for waiting in part])
             batch = self._with_dropped(judged.batch)
             reached(Step.UPDATES_FOLDED)
             await self._commit(batch)
             self.accounting.judged(batch.totals)
-            self._leave_line(part)
+            self._line.leave(part)
             self._judged.set()
             self.staleness.update(judged.staleness)
             for waiting in part:
                 waiting.connection.acknowledge(waiting.delivery)
                 reached(Step.UPDATE_ACKNOWLEDGED)
             await self._send_receipts(part, judged.receipts)
-            self.pacer.note_batch(len(part), self._clock.now() - began, more=bool(self._waiting))
-
-    def _is_full(self) -> bool:
-        bounds = self._settings.journal
-        return len(self._waiting) >= bounds.max_batch or self._waiting_bytes >= bounds.max_batch_bytes
-
-    def _next_part(self) -> list[Waiting]:
-        """Take what goes into the next batch: at least one, in order."""
-        bounds, part, size_bytes = self._settings.journal, list[Waiting](), 0
-        for waiting in self._waiting[: bounds.max_batch]:
-            size_bytes += waiting.size_bytes
-            if part and size_bytes > bounds.max_batch_bytes:
-                break
-            part.append(waiting)
-        del self._waiting[: len(part)]
-        self._waiting_bytes -= sum(waiting.size_bytes for waiting in part)
-        return part
-
-    def _leave_line(self, part: Sequence[Waiting]) -> None:
-        for waiting in part:
-            if isinstance(waiting.arrival, Arrived):
-                device = waiting.arrival.envelope.header.device
-                if self._in_line.get(device) is waiting:
-                    del self._in_line[device]
+            self.pacer.note_batch(len(part), self._clock.now() - began, more=bool(self._line))
 
     def _with_dropped(self, batch: Batch) -> Batch:
         dropped, self._dropped = self._dropped, Tally()

@@ -10,12 +10,13 @@ from typing import Final
 import numpy as np
 
 from coordinator.admission import Rejection
-from coordinator.committer import Committer, Waiting
+from coordinator.committer import Committer
 from coordinator.federated import FederatedEvaluations
 from coordinator.fencing import Fenced
 from coordinator.fleet_claim import FleetClaim
 from coordinator.fleet_view import FleetView, shown_key
 from coordinator.intake import Intake, Refused
+from coordinator.line import Waiting
 from coordinator.publisher import Publisher
 from coordinator.roster import KeyConflict, Roster, RosterFull
 from coordinator.settings import CoordinatorSettings

@@ -29,7 +29,7 @@ PURE: Final = (
     *(f"coordinator/{name}.py" for name in (
         "admission", "staleness", "aggregation", "server_optimizers", "model_state", "marks", "accounting",
         "entries", "intake", "writer", "fleet_view", "federated", "release_gate", "closed_loop", "model_grid",
-        "model_deltas", "model_blobs", "pace", "shares", "poison", "fencing", "rollback",
+        "model_deltas", "model_blobs", "pace", "shares", "poison", "fencing", "rollback", "line",
         "journal/correction", "journal/facts", "journal/format", "journal/ledger", "journal/snapshot",
     )),
     *(f"edge_agent/{name}.py" for name in (

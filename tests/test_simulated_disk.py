@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from simulated_disk import Operation, PowerCut, SimulatedDisk, at, broken, full
 
-WORK: Final = Path("/work")
+WORK: Final = Path("/state")
 FILE: Final = WORK / "file"
 OTHER: Final = WORK / "other"
 LOG: Final = WORK / "log"
@@ -201,7 +201,7 @@ def test_an_operation_fails_by_its_number_and_no_other(disk: SimulatedDisk) -> N
     disk.fail(at(first + 4, errno.EIO))
     disk.write(FILE, b"1234")  # create, append, sync
     disk.sync_directory(WORK)
-    with pytest.raises(OSError, match="Input/output error: '/work/file'") as error:
+    with pytest.raises(OSError, match="Input/output error: '/state/file'") as error:
         disk.read(FILE)
     assert error.value.errno == errno.EIO
     assert disk.read(FILE) == b"1234"

@@ -284,7 +284,7 @@ def _show_repair(done: Repair) -> None:
     if not done.damages:
         click.echo("Nothing is damaged.")
         return
-    click.echo(f"{len(done.damages)} damaged places; {len(done.corrected)} single bits were put right.")
+    click.echo(f"Damaged places: {len(done.damages)}; single bits put right: {len(done.corrected)}.")
     if done.history_from > 1:
         click.echo(f"The history begins with record {done.history_from:,}.")
     if done.version is None:

@@ -1,7 +1,10 @@
 """A socket that is read ahead: the MQTT library asks for a packet's first bytes one at a time."""
 
+import array
+import fcntl
 import socket
 import ssl
+import termios
 from typing import Final
 
 _AHEAD_BYTES: Final = 64 * 1024
@@ -45,6 +48,15 @@ class BufferedSocket:
         taken = self._inner.send(content)
         self.sent_bytes += taken
         return taken
+
+    def unsent_bytes(self) -> int:
+        """What the system still holds, unsent or unacknowledged (tcp(7): SIOCOUTQ); 0 if it does not say."""
+        answer = array.array("i", [0])
+        try:
+            fcntl.ioctl(self.fileno(), termios.TIOCOUTQ, answer)
+        except (OSError, ValueError):
+            return 0
+        return answer[0]
 
     def fileno(self) -> int:
         """The descriptor, for a selector; -1 once closed."""

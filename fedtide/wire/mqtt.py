@@ -5,13 +5,10 @@ silently at about 340 clients in a process), no resending from memory, no late a
 MQTT 5 first; 3.1.1 where the broker has no 5.
 """
 
-import array
 import asyncio
 import contextlib
-import fcntl
 import logging
 import socket
-import termios
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Final, Literal, cast
 
@@ -24,7 +21,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from fedtide.wire.buffered_socket import BufferedSocket
 from fedtide.wire.link import Broker, Connection, Delivery, LinkDown, PublishRefused, Session, Traffic
-from fedtide.wire.packets import plain_puback, plain_publish
+from fedtide.wire.packets import packet_bytes, plain_puback, plain_publish
 
 log = logging.getLogger(__name__)
 
@@ -337,7 +334,7 @@ class MqttConnection:
         code = MQTTErrorCode.MQTT_ERR_SUCCESS
         while code == MQTTErrorCode.MQTT_ERR_SUCCESS and self._socket is not None and not self._holding:
             code = self._client.loop_read()
-            if not _has_pending(self._socket):
+            if self._socket is None or not self._socket.pending():
                 break
         self._expect(code)
 
@@ -372,8 +369,10 @@ class MqttConnection:
         Not whether less or more is on its way than then: on a dead link each PINGREQ would be more.
         """
         was_under_way, had_arrived = self._unsent_bytes > 0, self._arrived_bytes
-        self._unsent_bytes = _unsent_bytes(self._socket)
-        self._arrived_bytes = (self._socket.sent_bytes if self._socket else 0) - self._unsent_bytes
+        if self._socket is None:
+            return False
+        self._unsent_bytes = self._socket.unsent_bytes()
+        self._arrived_bytes = self._socket.sent_bytes - self._unsent_bytes
         return was_under_way and self._arrived_bytes > had_arrived
 
     def _expect(self, code: MQTTErrorCode) -> None:
@@ -497,29 +496,3 @@ class _Client(paho.Client):
         done = super()._do_on_publish(mid, reason_code, properties)
         self._tell_acknowledged(mid, reason_code)
         return done
-
-
-def packet_bytes(topic: str, payload: bytes) -> int:
-    """Bytes of a PUBLISH packet (MQTT 3.1.1 section 3.3): fixed header, topic, packet identifier, payload.
-
-    MQTT 5 adds at least one byte of properties, not counted.
-    """
-    remaining = 2 + len(topic.encode()) + 2 + len(payload)
-    length_bytes = 1 + (remaining > 127) + (remaining > 16_383) + (remaining > 2_097_151)
-    return 1 + length_bytes + remaining
-
-
-def _unsent_bytes(sock: BufferedSocket | None) -> int:
-    """What the kernel still holds, not yet sent or not yet acknowledged (tcp(7): SIOCOUTQ); 0 if unknown."""
-    if sock is None:
-        return 0
-    answer = array.array("i", [0])
-    try:
-        fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, answer)
-    except (OSError, ValueError):
-        return 0
-    return answer[0]
-
-
-def _has_pending(sock: BufferedSocket | None) -> bool:
-    return sock is not None and sock.pending() > 0

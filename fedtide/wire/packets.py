@@ -39,3 +39,13 @@ def plain_publish(first: int, content: bytes | bytearray, *, with_properties: bo
 def plain_puback(content: bytes | bytearray) -> int | None:
     """The packet identifier of a PUBACK that says no more than success (section 3.4.2.1); None for others."""
     return int.from_bytes(content, "big") if len(content) == _PACKET_ID_BYTES else None
+
+
+def packet_bytes(topic: str, payload: bytes) -> int:
+    """Bytes of a PUBLISH packet (MQTT 3.1.1 section 3.3): fixed header, topic, packet identifier, payload.
+
+    MQTT 5 adds at least one byte of properties, not counted.
+    """
+    remaining = 2 + len(topic.encode()) + 2 + len(payload)
+    length_bytes = 1 + (remaining > 127) + (remaining > 16_383) + (remaining > 2_097_151)
+    return 1 + length_bytes + remaining

@@ -114,7 +114,7 @@ def test_a_single_wrong_bit_is_repaired(fleet):
     path.write_bytes(bytes(content))
     done = run("repair", fleet)
     assert done.exit_code == 0
-    assert "1 damaged places; 1 single bits were put right." in done.output
+    assert "Damaged places: 1; single bits put right: 1." in done.output
     assert "No update was lost and the model is as it was." in done.output
     assert path.read_bytes() == whole
 

@@ -548,7 +548,7 @@ def test_updates_at_most_once_are_bounded_too(tmp_path):
             fleet.connection.deliver(f"fl/1/pumps/up/0/{ONE}", chunk, qos=0)
         most = 0
         while fleet.connection._inbox.qsize() or fleet.service.committer.accounting.waiting:
-            most = max(most, len(fleet.service.committer._waiting))
+            most = max(most, len(fleet.service.committer._line._waiting))
             await asyncio.sleep(0)
         return most
 

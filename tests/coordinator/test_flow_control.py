@@ -9,8 +9,8 @@ from small_fleet import DEVICES, FLEET, PLAN, Bench, make_update
 from test_coordinator_service import COORDINATOR, KEY, make, run, update
 
 from coordinator import reception
-from coordinator.committer import Waiting
 from coordinator.intake import Refused
+from coordinator.line import Waiting
 from coordinator.settings import Journal, Pacing, Share, Stop
 from fedtide.wire import frame
 from fedtide.wire.chunks import MAX_CHUNK_BYTES, update_chunks
@@ -154,7 +154,7 @@ def test_what_waits_is_bounded_in_bytes_too(tmp_path):
 
         def counted(arrivals):
             nonlocal most
-            most = max(most, len(committer._waiting))
+            most = max(most, len(committer._line._waiting))
             batches.append(len(arrivals))
             return judge(arrivals)
 

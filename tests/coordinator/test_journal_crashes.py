@@ -200,6 +200,18 @@ def test_a_batch_whose_sync_failed_is_taken_back_at_once(tmp_path):
     again.close()
 
 
+def assert_what_a_restart_receipts_survives_a_power_cut(tmp_path, killed):
+    """The disk of a killed process shows a batch that was never synced."""
+    again = Bench(tmp_path / "state", SETTINGS, disk=killed)
+    (receipt,) = again.send(make_update(counter=1))
+    assert receipt.verdict is Verdict.DUPLICATE
+    for left in killed.crash_states(np.random.default_rng(0)):
+        last = Bench(tmp_path / "state", SETTINGS, disk=left)
+        assert last.journal.totals()["applied"] == 1
+        last.close()
+    again.close()
+
+
 def test_what_was_written_but_not_synced_before_a_kill_is_on_the_disk_before_it_counts(tmp_path):
     """A kill between append and sync, a restart that finds the batch, a receipt for it, a power cut."""
     disk = SimulatedDisk()
@@ -208,15 +220,7 @@ def test_what_was_written_but_not_synced_before_a_kill_is_on_the_disk_before_it_
     log.sync = lambda: (_ for _ in ()).throw(KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         bench.send(make_update(counter=1))
-    killed = disk.killed()
-    again = Bench(tmp_path / "state", SETTINGS, disk=killed)
-    (receipt,) = again.send(make_update(counter=1))
-    assert receipt.verdict is Verdict.DUPLICATE
-    for left in killed.crash_states(np.random.default_rng(0)):
-        last = Bench(tmp_path / "state", SETTINGS, disk=left)
-        assert last.journal.totals()["applied"] == 1
-        last.close()
-        again.close()
+    assert_what_a_restart_receipts_survives_a_power_cut(tmp_path, disk.killed())
     bench.close()
 
 
@@ -229,12 +233,4 @@ def test_what_a_failed_sync_left_is_written_anew_before_it_counts(tmp_path):
         bench.send(make_update(counter=1))
     bench.close()
     disk.fail(None)
-    killed = disk.killed()
-    again = Bench(tmp_path / "state", SETTINGS, disk=killed)
-    (receipt,) = again.send(make_update(counter=1))
-    assert receipt.verdict is Verdict.DUPLICATE
-    for left in killed.crash_states(np.random.default_rng(0)):
-        last = Bench(tmp_path / "state", SETTINGS, disk=left)
-        assert last.journal.totals()["applied"] == 1
-        last.close()
-    again.close()
+    assert_what_a_restart_receipts_survives_a_power_cut(tmp_path, disk.killed())

@@ -53,7 +53,7 @@ DEFECTS: Final = (
             reached(Step.UPDATES_FOLDED)
             await self._commit(batch)
             self.accounting.judged(batch.totals)
-            self._leave_line(part)
+            self._line.leave(part)
             self._judged.set()
             self.staleness.update(judged.staleness)
             for waiting in part:
@@ -67,7 +67,7 @@ DEFECTS: Final = (
                 reached(Step.UPDATE_ACKNOWLEDGED)
             await self._commit(batch)
             self.accounting.judged(batch.totals)
-            self._leave_line(part)
+            self._line.leave(part)
             self._judged.set()
             self.staleness.update(judged.staleness)
 """,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from virtual_time import End, VirtualLoop, current_process, stay_alive
 
 from fedtide.wire.link import Delivery, LinkDown, PublishRefused, Session, Traffic
-from fedtide.wire.mqtt import packet_bytes
+from fedtide.wire.packets import packet_bytes
 
 if TYPE_CHECKING:
     from memory_broker import MemoryBroker

@@ -28,7 +28,7 @@ class Place:
         return self.directory / name
 
 
-def simulated(directory: Path = Path("/work")) -> Place:
+def simulated(directory: Path = Path("/state")) -> Place:
     disk = SimulatedDisk()
     disk.make_directory(directory)
     return Place(disk, directory)
@@ -252,7 +252,7 @@ class TestWritingDurably:
             ("append", "counter.new"),
             ("sync", "counter.new"),
             ("replace", "counter"),
-            ("syncdir", "work"),
+            ("syncdir", "state"),
         ]
 
     def test_every_power_cut_leaves_the_old_or_the_new_and_after_the_return_the_new(self, rng) -> None:

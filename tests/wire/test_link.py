@@ -28,7 +28,8 @@ from broker_config.local import free_port
 from fedtide.wire import mqtt
 from fedtide.wire.chunks import MAX_CHUNK_BYTES, chunk_bytes
 from fedtide.wire.link import Broker, LinkDown, PublishRefused, Reconnector, Traffic, Will
-from fedtide.wire.mqtt import MqttDialler, packet_bytes
+from fedtide.wire.mqtt import MqttDialler
+from fedtide.wire.packets import packet_bytes
 
 DEADLINE_S: Final = 20.0
 
